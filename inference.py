@@ -1,0 +1,357 @@
+"""Upscale pictures with a trained generator, score the result, draw comparisons.
+
+    python inference.py                                  # a few sample faces: what this project does
+    python inference.py FOLDER photo.png                 # upscale files and folders into results/
+    python inference.py LR_FOLDER --hr HR_FOLDER         # and score against the ground truth
+    python inference.py HR_FOLDER --simulate             # reduce the pictures first, then the same
+
+The functions are the only code path for upscaling and scoring; train.py calls them too.
+"""
+import argparse
+import csv
+import io
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+from data_loader import (KERNELS, DataError, downscale, find_images, quantise, read_image,
+                         square_face, to_tensor, to_uint8)
+from loss import psnr, score
+from model import CheckpointError, bicubic, load_checkpoint, write_atomically
+
+CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
+MARK = "face-srgan"         # the PNG field "Software" of every result: results are never inputs
+TILE, OVERLAP = 256, 16     # LR pixels
+SHOWN = 8                   # pictures in the comparison figure
+COLUMNS = ("psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic", "psnr_y_bicubic",
+           "ssim_y_bicubic", "lr_psnr")
+
+
+class UsageError(Exception):
+    """A call that cannot be carried out; the message is one sentence for the user."""
+
+
+# Upscaling --------------------------------------------------------------------------------------
+
+def select_device(name):
+    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device; auto is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: this machine has no such CUDA device; try --device cpu")
+    return device
+
+
+@torch.inference_mode()
+def upscale(generator, lr):
+    """Enlarge (N, 3, H, W) in [0, 1] to (N, 3, sH, sW) in [0, 1], rounded to 8-bit levels.
+
+    `generator` comes from `Generator.for_inference()`. Large pictures are cut into overlapping
+    tiles, so that memory stays bounded; the overlap hides the seams.
+    """
+    lr = lr.contiguous(memory_format=torch.channels_last)
+    height, width = lr.shape[2:]
+    if max(height, width) <= TILE + OVERLAP:
+        return quantise(generator(lr))
+    scale = generator.scale
+    sr = lr.new_empty(len(lr), 3, height * scale, width * scale)
+    for y in range(0, height, TILE):
+        for x in range(0, width, TILE):
+            top, left = max(0, y - OVERLAP), max(0, x - OVERLAP)
+            tile = generator(lr[..., top:y + TILE + OVERLAP, left:x + TILE + OVERLAP])
+            tile = tile[..., (y - top) * scale:, (x - left) * scale:][..., :TILE * scale, :TILE * scale]
+            sr[..., y * scale:(y + TILE) * scale, x * scale:(x + TILE) * scale] = quantise(tile)
+    return sr
+
+
+def plot_comparison(path, rows):
+    """Draw a grid of pictures: one row each, a dict from caption to (H, W, 3) uint8."""
+    from matplotlib.figure import Figure                # slow to import, not always needed
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(2.6 * columns, 2.95 * len(rows)), layout="constrained")
+    for axes, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows):
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, (caption, picture) in zip(axes, row.items()):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_title(caption, fontsize=9, parse_math=False)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110,
+                                                       metadata={"Software": MARK}))
+
+
+# Files ------------------------------------------------------------------------------------------
+
+@dataclass
+class Picture:
+    """One picture on its way: what was read, and where the result goes."""
+    name: str                           # as it is printed and stands in metrics.csv
+    lr: np.ndarray                      # (H, W, 3) uint8
+    alpha: np.ndarray | None = None     # (H, W) uint8
+    hr: np.ndarray | None = None        # (sH, sW, 3) uint8
+    output: Path | None = None
+
+
+def write_png(path, picture):
+    """Write (H, W, 3 or 4) uint8 as a PNG that is marked as a result."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", MARK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: Image.fromarray(picture).save(
+        file, format="PNG", pnginfo=info, compress_level=4))
+
+
+def is_result(path):
+    """Tell whether a file was written by this script, at any time."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == MARK
+    except Exception:       # not a picture at all, so not ours; reading it will say why
+        return False
+
+
+def find_inputs(inputs, output):
+    """List the pictures to upscale: (pairs of (path, relative path), sentences on bad inputs).
+
+    Earlier results are left out: in folders everywhere, as files when they lie in `output`.
+    """
+    found, problems = {}, []
+    for item in map(Path, inputs):
+        if item.is_dir():
+            files = [(path, path.relative_to(item)) for path in find_images(item) if not is_result(path)]
+            if not files:
+                problems.append(f"{item}: no pictures in this folder (earlier results do not count)")
+        elif item.is_file():
+            own = output.resolve() in item.resolve().parents and is_result(item)
+            files = [] if own else [(item, Path(item.name))]
+            if own:
+                problems.append(f"{item}: a result of an earlier call, not upscaled again")
+        else:
+            files = []
+            problems.append(f"{item}: there is no such file or folder")
+        for path, relative in files:
+            found.setdefault(path.resolve(), (path, relative))
+    return list(found.values()), problems
+
+
+def choose_output(relative, output, taken):
+    """Choose the file for a result: DIR/<relative path without suffix>.png or, where that would
+    replace another result of this call or a file that is not an earlier result, a name beside it.
+    """
+    stem = relative.with_suffix("")
+    candidates = [f"{stem}.png", f"{relative}.png"] + [f"{stem}-{n}.png" for n in range(2, 10000)]
+    for candidate in candidates:
+        path = output / candidate
+        key = str(path).casefold()      # some file systems take A.png and a.png for one
+        if key not in taken and (is_result(path) if os.path.lexists(path) else True):
+            taken.add(key)
+            return path
+    raise DataError(f"{relative}: no free name in {output}")
+
+
+def sample_faces():
+    """Two public-domain portraits that come with scikit-image and Matplotlib, cut as FFHQ cuts."""
+    import matplotlib.cbook
+    import skimage.data
+    hopper = read_image(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))[0]
+    return {"astronaut": square_face(skimage.data.astronaut()[12:200, 129:317]),
+            "grace_hopper": square_face(hopper[40:363, 106:429])}
+
+
+def simulate(hr, scale, kernel):
+    """Cut (H, W, 3) uint8 to a multiple of `scale` and reduce it: (lr, hr), both uint8."""
+    height, width = (side - side % scale for side in hr.shape[:2])
+    if not height or not width:
+        raise DataError(f"only {hr.shape[1]}x{hr.shape[0]} pixels, too small to reduce")
+    hr = np.ascontiguousarray(hr[:height, :width])
+    return to_uint8(downscale(to_tensor([hr]), scale, kernel))[0], hr
+
+
+# The command ------------------------------------------------------------------------------------
+
+def read_pictures(args, files, scale, failed):
+    """Yield a Picture for each input file that can be used; report the others to `failed`."""
+    truths = {}
+    if args.hr:
+        truths = {path.relative_to(args.hr).with_suffix(""): path for path in find_images(args.hr)}
+    taken = {str(args.output / name).casefold() for name in ("comparison.png", "metrics.csv")}
+    if not args.inputs:
+        for name, face in sample_faces().items():
+            lr, hr = simulate(face, scale, args.kernel)
+            output = choose_output(Path(name), args.output, taken)
+            yield Picture(output.stem, lr, None, hr, output)
+    for path, relative in files:
+        try:
+            lr, alpha = read_image(path)
+            hr = None
+            if args.simulate:
+                lr, hr = simulate(lr, scale, args.kernel)
+                alpha = None
+            elif args.hr:
+                truth = truths.get(relative.with_suffix(""))
+                if truth is None:
+                    failed(f"{path}: no ground truth with this name in {args.hr}; upscaled, not scored")
+                else:
+                    hr = read_image(truth)[0]
+                    if hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
+                        failed(f"{truth}: {hr.shape[1]}x{hr.shape[0]} pixels, not {scale} times "
+                               f"{lr.shape[1]}x{lr.shape[0]}; upscaled, not scored")
+                        hr = None
+            output = choose_output(relative, args.output, taken)
+            name = output.relative_to(args.output).with_suffix("").as_posix()
+            yield Picture(name, lr, alpha, hr, output)
+        except (DataError, OSError) as error:
+            failed(str(error) if str(path) in str(error) else f"{path}: {error}")
+
+
+def upscale_pictures(generator, pictures, device, batch_size):
+    """Yield (picture, sr), sr (sH, sW, 3) uint8, batching pictures of one size; large ones go
+    alone, and the order may differ."""
+    waiting = {}
+
+    def flush(shape):
+        group = waiting.pop(shape)
+        yield from zip(group, to_uint8(upscale(generator, to_tensor([p.lr for p in group]).to(device))))
+
+    for picture in pictures:
+        shape = picture.lr.shape
+        waiting.setdefault(shape, []).append(picture)
+        if len(waiting[shape]) >= min(batch_size, max(1, TILE ** 2 // (shape[0] * shape[1]))):
+            yield from flush(shape)
+        elif sum(map(len, waiting.values())) > 256:     # many sizes: do not hoard
+            yield from flush(max(waiting, key=lambda key: len(waiting[key])))
+    for shape in list(waiting):
+        yield from flush(shape)
+
+
+def finish(picture, sr, generator):
+    """Write a result; return (its scores or {}, its row of the comparison)."""
+    scale = generator.scale
+    lr = to_tensor([picture.lr])
+    enlarged = to_uint8(bicubic(lr, scale))[0]
+    result = sr
+    if picture.alpha is not None:
+        alpha = to_tensor([np.repeat(picture.alpha[..., None], 3, axis=2)])
+        result = np.dstack([sr, to_uint8(bicubic(alpha, scale))[0, ..., 0]])
+    write_png(picture.output, result)
+    row = {f"{picture.name}\n{lr.shape[3]}x{lr.shape[2]}": picture.lr, "bicubic": enlarged, "ours": sr}
+    if picture.hr is None:
+        return {}, row
+    ours, baseline = score(sr, picture.hr), score(enlarged, picture.hr)
+    scores = {**ours, **{f"{name}_bicubic": value for name, value in baseline.items()},
+              "lr_psnr": psnr(to_uint8(downscale(to_tensor([sr]), scale))[0], picture.lr)}
+    row = dict(zip((list(row)[0], f"bicubic\n{baseline['psnr']:.2f} dB / {baseline['ssim']:.3f}",
+                    f"ours\n{ours['psnr']:.2f} dB / {ours['ssim']:.3f}"), row.values()))
+    return scores, row | {"ground truth\nPSNR / SSIM": picture.hr}
+
+
+def main(args):
+    """Carry out the command; return the exit status: 0 all done, 1 some failed, 2 nothing done."""
+    started = time.monotonic()
+    problems = []
+
+    def failed(sentence):
+        problems.append(sentence)
+        tqdm.write(f"inference.py: {sentence}", file=sys.stderr)
+
+    device = select_device(args.device)
+    files, bad_inputs = find_inputs(args.inputs, args.output)
+    for sentence in bad_inputs:
+        failed(sentence)
+    if args.inputs and not files:
+        return 2
+    if args.hr and not args.hr.is_dir():
+        raise UsageError(f"--hr {args.hr}: there is no such folder")
+    generator, _ = load_checkpoint(args.checkpoint)
+    generator = generator.for_inference().to(device)
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    scores, sheet, done = {}, {}, 0
+    pictures = read_pictures(args, files, generator.scale, failed)
+    for picture, sr in tqdm(upscale_pictures(generator, pictures, device, args.batch_size), "upscaling",
+                            len(files) or None, unit="picture", leave=False, disable=None):
+        try:
+            result, row = finish(picture, sr, generator)
+        except OSError as error:
+            failed(f"{picture.output}: cannot be written ({error.strerror})")
+            continue
+        done += 1
+        if result:
+            scores[picture.name] = result
+        if len(sheet) < SHOWN:
+            sheet[picture.name] = row
+    if sheet:
+        plot_comparison(args.output / "comparison.png", [sheet[name] for name in sorted(sheet)])
+    if scores:
+        report(scores, args.output / "metrics.csv")
+    print(f"{done} picture{'s' * (done != 1)} upscaled {generator.scale}x into {args.output} in "
+          f"{time.monotonic() - started:.1f} s on the {device.type}; compare: "
+          f"{args.output / 'comparison.png'}")
+    return 1 if problems else 0
+
+
+def report(scores, path):
+    """Print one row per picture and the means, and write them without the means as CSV."""
+    width = max(map(len, [*scores, "image"]))
+    print(f"{'image':{width}}  {'PSNR':>14}  {'SSIM':>15}  {'PSNR-Y':>14}  {'SSIM-Y':>15}  {'LR-PSNR':>7}\n"
+          f"{'':{width}}  " + "  ".join(["  ours bicubic", "  ours  bicubic"] * 2))
+    means = {column: np.mean([row[column] for row in scores.values()]) for column in COLUMNS}
+    for name, row in [*sorted(scores.items()), ("mean", means)]:
+        print(f"{name:{width}}  " + "  ".join(
+            f"{row[column]:6.{digits}f} {row[column + '_bicubic']:7.{digits}f}{' ' * (digits - 2)}"
+            for column, digits in zip(COLUMNS[:4], (2, 4, 2, 4))) + f"  {row['lr_psnr']:7.2f}")
+
+    lines = [("image", *COLUMNS)]
+    lines += [(name, *(f"{row[column]:.6f}" for column in COLUMNS)) for name, row in sorted(scores.items())]
+    with io.StringIO(newline="") as text:
+        csv.writer(text).writerows(lines)
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="INPUT", help="files and folders (recursively); without, a few "
+        "sample faces")
+    add("--output", type=Path, default=Path("results"), metavar="DIR", help="folder for the results")
+    truth = parser.add_mutually_exclusive_group()
+    truth.add_argument("--hr", type=Path, metavar="DIR", help="ground truth with the same relative stems: "
+                       "score against it")
+    truth.add_argument("--simulate", action="store_true", help="the inputs are HR: reduce them first")
+    add("--kernel", default="bicubic", choices=list(KERNELS), help="how --simulate reduces; all scores "
+        "are quoted for bicubic")
+    add("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE", help="trained generator")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--batch-size", type=int, default=16, help="pictures of one size at a time")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
+    if args.hr and not args.inputs:
+        parser.error("--hr needs INPUT")
+    return args
+
+
+def run(argv=None):
+    """Run `main` and turn every expected failure into one sentence; return the exit status."""
+    try:
+        return main(parse_arguments(argv))
+    except (UsageError, CheckpointError, DataError, OSError) as error:
+        print(f"inference.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,195 @@
+"""The two networks of SRGAN and the file that keeps them.
+
+Generator and Discriminator follow Ledig et al. 2017, "Photo-Realistic Single Image
+Super-Resolution Using a Generative Adversarial Network" (arXiv:1609.04802), section 2.1 and
+figure 4. Pictures are RGB tensors of shape (N, 3, H, W) with values in [0, 1] everywhere.
+
+    generator = load_checkpoint("checkpoints/srgan_x4.pth")[0]
+    sr = generator(lr)                  # (N, 3, H, W) -> (N, 3, 4H, 4W), not clamped
+"""
+import copy
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+FORMAT = "face-srgan/1"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message is one sentence for the user."""
+
+
+def bicubic(lr, scale):
+    """Enlarge (N, 3, H, W) by `scale` with Pillow's bicubic kernel (a = -0.5), not clamped."""
+    # antialias=True is what selects a = -0.5; enlarging, it smooths nothing.
+    return F.interpolate(lr.float(), scale_factor=scale, mode="bicubic", antialias=True)
+
+
+class ResidualBlock(nn.Sequential):
+    """x + BN(Conv(PReLU(BN(Conv(x))))): the block of figure 4."""
+
+    def __init__(self, channels):
+        super().__init__(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels),
+            nn.PReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Generator(nn.Module):
+    """SRResNet, the generator of SRGAN (section 2.1.1).
+
+    Args:
+        scale: enlargement, 2, 4 or 8; one sub-pixel convolution per doubling.
+        blocks: residual blocks (the paper: 16).
+        channels: feature channels (the paper: 64).
+        bicubic_residual: predict the difference to the bicubically enlarged input instead of the
+            picture. Not in the paper; it trains many times faster and keeps colours from
+            drifting. False is the paper's network.
+
+    Input and output are RGB in [0, 1] of any height and width; the output is not clamped, so that
+    the losses keep their gradient outside the range.
+    """
+
+    def __init__(self, scale=4, blocks=16, channels=64, bicubic_residual=True):
+        super().__init__()
+        if scale not in (2, 4, 8):
+            raise ValueError(f"scale must be 2, 4 or 8, not {scale}")
+        self.architecture = dict(scale=scale, blocks=blocks, channels=channels,
+                                 bicubic_residual=bicubic_residual)
+        self.scale, self.bicubic_residual = scale, bicubic_residual
+        self.head = nn.Sequential(nn.Conv2d(3, channels, 9, padding=4), nn.PReLU())
+        self.body = nn.Sequential(
+            *[ResidualBlock(channels) for _ in range(blocks)],
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+        upsample = []
+        for _ in range(scale.bit_length() - 1):
+            upsample += [nn.Conv2d(channels, 4 * channels, 3, padding=1), nn.PixelShuffle(2),
+                         nn.PReLU()]
+        self.upsample = nn.Sequential(*upsample)
+        self.tail = nn.Conv2d(channels, 3, 9, padding=4)
+        for module in self.upsample:
+            if isinstance(module, nn.Conv2d):
+                icnr_(module)
+        if bicubic_residual:
+            with torch.no_grad():           # training starts near bicubic, not at noise
+                self.tail.weight.mul_(0.1)
+                self.tail.bias.zero_()
+
+    def forward(self, lr):                                  # (N, 3, H, W)
+        features = self.head(lr)                            # (N, C, H, W)
+        features = features + self.body(features)           # (N, C, H, W)
+        sr = self.tail(self.upsample(features))             # (N, 3, sH, sW)
+        return sr.float() + bicubic(lr, self.scale) if self.bicubic_residual else sr.float()
+
+    def for_inference(self):
+        """Return a frozen copy for inference: batch norm folded into the convolutions before it,
+        channels-last. It computes what `eval()` computes, to float rounding, in half the time."""
+        net = copy.deepcopy(self).eval().requires_grad_(False)
+        for module in list(net.modules()):
+            if isinstance(module, nn.Sequential):
+                for i, (conv, norm) in enumerate(zip(list(module), list(module)[1:])):
+                    if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                        module[i], module[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+        return net.to(memory_format=torch.channels_last)
+
+
+def icnr_(conv):
+    """Initialise a convolution before PixelShuffle(2) so that the pair enlarges like nearest
+    neighbour: the four sub-pixels start equal, and no checkerboard is trained in (Aitken et al.
+    2017, arXiv:1707.02937)."""
+    with torch.no_grad():
+        for parameter in (conv.weight, conv.bias):
+            parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
+
+
+class Discriminator(nn.Module):
+    """The discriminator of section 2.1.1: eight 3x3 convolutions, 64 to 512 channels, every
+    second one with stride 2, then two dense layers.
+
+    Takes RGB in [0, 1] of any size from 16x16 and returns logits of shape (N,): positive for
+    real. The paper's dense layer sees all positions of a 96x96 picture; here the features are
+    averaged to 4x4 cells first (the size of a 64x64 patch's), so that any patch size fits and
+    the dense layer stays at 8.4 million weights.
+    """
+
+    def __init__(self, channels=64):
+        super().__init__()
+        layers, inputs = [], 3
+        for i in range(8):
+            outputs = channels * 2 ** (i // 2)
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=1 + i % 2, padding=1, bias=i == 0)]
+            layers += [nn.BatchNorm2d(outputs)] if i else []
+            layers += [nn.LeakyReLU(0.2)]
+            inputs = outputs
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * inputs, 16 * channels),
+            nn.LeakyReLU(0.2), nn.Linear(16 * channels, 1))
+
+    def forward(self, picture):                             # (N, 3, H, W)
+        features = self.features(picture * 2 - 1)           # (N, 8C, H/16, W/16)
+        return self.classifier(features).float().flatten()  # (N,)
+
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary file beside `path`, then rename it: `path` is never half
+    written, and what was there stays when the disk is full."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, generator, training):
+    """Write a generator's weights and architecture, and the facts of its training (a dict of
+    numbers, strings and dicts of those), as one .pth file."""
+    weights = {name: tensor.detach().cpu().contiguous()
+               for name, tensor in generator.state_dict().items()}
+    content = {"format": FORMAT, "architecture": generator.architecture, "weights": weights,
+               "training": training}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_plain(path):
+    """torch.load of tensors, numbers and strings only: nothing in the file can run code. Raises
+    CheckpointError with one sentence for a missing or damaged file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file") from None
+    except Exception as error:      # torch.load raises half a dozen unrelated kinds
+        reason = getattr(error, "strerror", None) or "damaged, or not only plain tensors"
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from None
+
+
+def load_checkpoint(path):
+    """Read a checkpoint: (generator in eval mode on the CPU, facts of its training).
+
+    Raises CheckpointError with one sentence for a missing, damaged or foreign file.
+    """
+    content = load_plain(path)
+    try:
+        if content["format"] != FORMAT:
+            raise ValueError
+        architecture = content["architecture"]
+        # Bounds, so that a made-up file cannot ask for all the memory there is.
+        if not (1 <= architecture["blocks"] <= 256 and 1 <= architecture["channels"] <= 1024):
+            raise ValueError
+        generator = Generator(**architecture)
+        generator.load_state_dict(content["weights"])
+        training = dict(content["training"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        raise CheckpointError(f"{path}: not a generator checkpoint of this project "
+                              f"(format {FORMAT})") from None
+    return generator.eval(), training

@@ -1,0 +1,528 @@
+"""Train a face SRGAN: SRResNet on the pixel loss first, then SRGAN from it.
+
+    python train.py --dry-run                                   # the whole line in seconds
+    python train.py --train-dir thumbnails128x128               # the recipe of the shipped weights
+    python train.py --output checkpoints --resume               # go on after any interruption
+    torchrun --nproc-per-node 2 train.py --train-dir ...        # several processes
+
+--output receives srresnet_x4.pth and srgan_x4.pth (the best of each stage), training_state.pth
+(all that --resume needs), log.jsonl (a line per validation), curves.png and samples/. The recipe
+is that of Ledig et al. 2017 (arXiv:1609.04802, section 3.2), shortened: Adam, 16 patches a step.
+"""
+import argparse
+import copy
+import datetime
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data_loader import (FACE_SIZE, DataError, FaceBatches, downscale, draw_faces, load_faces,
+                         split_files, to_uint8)
+from inference import UsageError, plot_comparison, select_device, upscale
+from loss import (VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, discriminator_loss, score,
+                  vgg_distance)
+from model import (CheckpointError, Discriminator, Generator, bicubic, load_checkpoint, load_plain,
+                   save_checkpoint, write_atomically)
+
+STAGES = ("srresnet", "srgan")
+STATE = "training_state.pth"
+PRIVATE = ("train_dir", "gan_train_dir", "val_dir", "output", "vgg_weights")   # paths stay here
+LOG_EVERY = 10      # steps between looks at the losses; each look waits for the GPU
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message is one sentence for the user."""
+
+
+def update_ema(ema, generator, step, decay=0.999):
+    """Move the averaged generator towards the trained one, batch-norm buffers included. The decay
+    grows from 0.1 to `decay` with the steps, so that the first, poor weights are soon forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        for average, value in zip(ema.state_dict().values(), generator.state_dict().values()):
+            if average.is_floating_point():
+                average.lerp_(value, 1 - decay)
+            else:
+                average.copy_(value)
+
+
+def learning_rate(step, steps):
+    """Factor of the learning rate: a cosine from 1 to 0.01, after a linear warm-up of 50 steps."""
+    return min(1, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+@functools.lru_cache(maxsize=1)     # both stages may use the same faces
+def load_data(train_dirs, val_dir, val_count, progress):
+    """Read the faces of some folders: (to train on, at most `val_count` to validate on), uint8."""
+    train_files, val_files = split_files(train_dirs, val_dir)
+    val_files = val_files[::math.ceil(len(val_files) / val_count)]
+    return load_faces(train_files, progress), load_faces(val_files, progress=False)
+
+
+def validate(network, faces, scale, device, features=None):
+    """Score `network` (lr -> sr in [0, 1]) on (N, 3, 128, 128) uint8 faces reduced by `downscale`.
+
+    Returns the mean PSNR (dB) and SSIM on 8-bit RGB and, with VGG `features`, the relative VGG
+    distance; and rows for `plot_comparison` of the first four faces.
+    """
+    rows, sheet = [], []
+    for batch in faces.split(16):
+        hr = batch.to(device).float() / 255
+        lr = downscale(hr, scale)
+        sr = network(lr)
+        for i, (ours, truth) in enumerate(zip(to_uint8(sr), to_uint8(hr))):
+            rows.append(score(ours, truth))
+            if features is not None:
+                with torch.no_grad():
+                    rows[-1]["vgg"] = vgg_distance(features, sr[i:i + 1], hr[i:i + 1]).item()
+            if len(sheet) < 4:
+                enlarged = bicubic(lr[i:i + 1], scale)
+                sheet.append({"LR": to_uint8(lr)[i], "bicubic": to_uint8(enlarged)[0],
+                              f"SR, {rows[-1]['psnr']:.2f} dB": ours, "HR": truth})
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}, sheet
+
+
+def plot_curves(log, path):
+    """Draw the training curves of a log.jsonl: PSNR, VGG distance, losses, D(real) and D(fake)."""
+    from matplotlib.figure import Figure
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    panels = dict(zip(("validation PSNR, dB", "validation VGG distance", "training losses, unweighted",
+                       "mean D(real) and D(fake)"), figure.subplots(2, 2).flat))
+    psnr, vgg, losses, outputs = panels.values()
+
+    def draw(axes, label, stage, value):
+        points = [(line["step"], value(line)) for line in lines if line["stage"] == stage]
+        axes.plot(*zip(*points), marker=".", label=label)
+
+    for stage in dict.fromkeys(line["stage"] for line in lines):
+        last = [line for line in lines if line["stage"] == stage][-1]
+        draw(psnr, stage, stage, lambda line: line["psnr"])
+        draw(psnr, "bicubic", stage, lambda line: line["bicubic"]["psnr"])
+        if "vgg" in last:
+            draw(vgg, stage, stage, lambda line: line["vgg"])
+        for name in last["train"]:
+            draw(outputs if name.startswith("d_") else losses, f"{name}, {stage}", stage,
+                 lambda line, name=name: line["train"][name])
+    losses.set_yscale("log")
+    outputs.set_ylim(0, 1)
+    for title, axes in panels.items():
+        axes.set(title=title, xlabel="step of the stage")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def set_aside(path):
+    """Rename a file of an earlier training to a free name beside it, so that nothing is lost."""
+    if path.exists():
+        free = next(name for n in range(1, 10**6)
+                    if not (name := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists())
+        path.rename(free)
+        tqdm.write(f"{path} of an earlier training is kept as {free.name}")
+
+
+class Stage:
+    """One stage of the training, "srresnet" (pixel loss) or "srgan" (all losses): its data,
+    networks, optimisers and progress, and what is done with them."""
+
+    def __init__(self, name, args, device, features=None):
+        self.name, self.args, self.device, self.features = name, args, device, features
+        self.gan = name == "srgan"
+        self.steps = args.gan_steps if self.gan else args.pretrain_steps
+        self.base_lr = args.gan_lr if self.gan else args.lr
+        self.checkpoint = args.output / f"{name}_x{args.scale}.pth"
+        self.log = args.output / "log.jsonl"
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.main_process = rank == 0
+
+        # Setup data:
+        self.folders = args.gan_train_dir if self.gan and args.gan_train_dir else args.train_dir
+        faces, self.val_faces = load_data(tuple(self.folders), args.val_dir, args.val_faces, self.main_process)
+        self.face_count = len(faces)
+        self.batches = FaceBatches(faces.to(device), args.batch_size, args.patch_size, args.scale,
+                                   args.degradation, seed=2 * args.seed + self.gan, rank=rank, world=world)
+
+        # Setup networks:
+        torch.manual_seed(args.seed)
+        generator = Generator(args.scale, args.blocks, args.channels, not args.no_bicubic_residual)
+        discriminator = Discriminator()
+        self.pretraining = {}
+        if self.gan:
+            self.pretraining = self.start_from(args.output / f"srresnet_x{args.scale}.pth", generator)
+        if world > 1 and device.type == "cuda":
+            generator = nn.SyncBatchNorm.convert_sync_batchnorm(generator)
+            discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+        self.generator = generator.to(device, memory_format=torch.channels_last)
+        self.discriminator = discriminator.to(device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(generator).requires_grad_(False)
+        self.generate, self.discriminate = self.generator, self.discriminator
+        if world > 1:
+            # Buffers are not broadcast: D runs twice before its backward pass, and the second
+            # broadcast would overwrite what the first pass saved for it.
+            self.generate, self.discriminate = (DistributedDataParallel(
+                network, broadcast_buffers=False,
+                device_ids=[device] if device.type == "cuda" else None)
+                for network in (self.generator, self.discriminator))
+        if self.gan:
+            self.criterion = GeneratorLoss(args.pixel_weight, args.vgg_weight * (features is not None),
+                                           args.adversarial_weight, args.tv_weight, features)
+        else:
+            self.criterion = GeneratorLoss(pixel=1, tv=args.tv_weight)
+
+        # Setup optimisers:
+        self.g_optimizer = torch.optim.Adam(self.generator.parameters(), fused=True)
+        self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), fused=True)
+        dtype = select_dtype(args.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.autocast = functools.partial(torch.autocast, device.type, dtype,
+                                          enabled=dtype != torch.float32)
+
+        # Setup progress. Batches are a function of the step and nothing else in the training is
+        # random, so the step is the whole random state.
+        self.step, self.seconds, self.best, self.sums, self.count = 0, 0.0, None, {}, 0
+        self.bicubic = None
+        if self.main_process:
+            self.bicubic, _ = validate(lambda lr: bicubic(lr, args.scale).clamp(0, 1), self.val_faces,
+                                       args.scale, device, features)
+            print(f"{name}: {self.face_count} faces to train on, {len(self.val_faces)} to validate "
+                  f"on (bicubic: {self.bicubic['psnr']:.2f} dB)", flush=True)
+
+    def start_from(self, path, generator):
+        """Load the SRResNet that SRGAN starts from; return the facts of its training."""
+        if not path.exists():
+            print(f"there is no {path}: the generator of SRGAN starts untrained")
+            return {}
+        pretrained, facts = load_checkpoint(path)
+        if pretrained.architecture != generator.architecture:
+            raise UsageError(f"{path} has the architecture {pretrained.architecture}, not "
+                             f"{generator.architecture}; give its flags, or another --output")
+        generator.load_state_dict(pretrained.state_dict())
+        return facts
+
+    def train_step(self):
+        """Take one step: update D, then G."""
+        started = time.monotonic()
+        factor = learning_rate(self.step, self.steps)
+        for optimizer in (self.g_optimizer, self.d_optimizer):
+            optimizer.param_groups[0]["lr"] = self.base_lr * factor
+        lr, hr = (batch.contiguous(memory_format=torch.channels_last) for batch in self.batches(self.step))
+        with self.autocast():
+            sr = self.generate(lr)
+        fake_logits, values = None, {}
+
+        # (1) update D: real pictures up, generated ones down.
+        if self.gan:
+            with self.autocast():
+                real_logits, fake_logits = self.discriminate(hr), self.discriminate(sr.detach())
+                loss = discriminator_loss(real_logits, fake_logits)
+            self.backward(loss, self.d_optimizer)
+            values.update(discriminator=loss, d_real=real_logits.sigmoid().mean(),
+                          d_fake=fake_logits.sigmoid().mean())
+
+        # (2) update G: near the target, and up in D's eyes. D only passes the gradient on.
+        self.discriminator.requires_grad_(False)
+        with self.autocast():
+            if self.gan:
+                fake_logits = self.discriminator(sr)
+            loss, terms = self.criterion(sr, hr, fake_logits)
+        self.backward(loss, self.g_optimizer)
+        self.discriminator.requires_grad_(True)
+        self.scaler.update()
+        update_ema(self.ema, self.generator, self.step)
+
+        for name, value in {**terms, **values}.items():     # sums stay on the device until read
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.count += 1
+        self.step += 1
+        self.seconds += time.monotonic() - started
+
+    def backward(self, loss, optimizer):
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+
+    def losses(self):
+        """Mean losses since the last validation. Raises TrainingError where one is not finite."""
+        means = {name: float(value) / self.count for name, value in self.sums.items()}
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            raise TrainingError(
+                f"the {' and '.join(bad)} loss is not finite at step {self.step} of {self.name}; the "
+                f"last good state is kept in {self.args.output / STATE}; --resume with a lower learning rate")
+        return means
+
+    def validate(self):
+        """Score the averaged generator, log, draw, and keep its checkpoint if it is the best."""
+        means = self.losses()
+        self.sums, self.count = {}, 0
+        network = functools.partial(upscale, self.ema.for_inference())
+        scores, sheet = validate(network, self.val_faces, self.args.scale, self.device, self.features)
+        line = dict(stage=self.name, step=self.step, **scores, bicubic=self.bicubic, train=means,
+                    lr=self.g_optimizer.param_groups[0]["lr"], seconds=round(self.seconds, 1))
+        with open(self.log, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        samples = self.args.output / "samples"
+        samples.mkdir(exist_ok=True)
+        plot_comparison(samples / f"{self.name}_{self.step:06d}.png", sheet)
+        plot_curves(self.log, self.args.output / "curves.png")
+        tqdm.write(f"{self.name} step {self.step}: " + ", ".join(
+            f"{name} {scores[name]:.4g} (bicubic {self.bicubic[name]:.4g})"
+            for name in ("psnr", "ssim", "vgg") if name in scores))
+        if self.gan and means["d_real"] > 0.99 and means["d_fake"] < 0.01:
+            tqdm.write("warning: the discriminator is saturated (D(real) > 0.99, D(fake) < 0.01); "
+                       "the generator learns little from it")
+
+        # SRResNet is chosen by PSNR. SRGAN is chosen by the VGG distance: PSNR would pick the
+        # blurred mean of all likely faces. Without VGG its last averaged weights are kept.
+        quality = scores["psnr"] if not self.gan else -scores.get("vgg", -self.step)
+        if self.best is None or quality > self.best:
+            if self.best is None:
+                set_aside(self.checkpoint)
+            self.best = quality
+            recipe = {name: value for name, value in plain(self.args).items() if name not in PRIVATE}
+            save_checkpoint(self.checkpoint, self.ema, dict(
+                stage=self.name, step=self.step, metrics=scores, bicubic=self.bicubic, recipe=recipe,
+                data=[Path(folder).resolve().name for folder in self.folders], faces=self.face_count,
+                seconds=line["seconds"], device=device_name(self.device), torch=str(torch.__version__),
+                date=datetime.date.today().isoformat(), pretraining=self.pretraining))
+
+    def parts(self):
+        names = ["generator", "ema", "g_optimizer", "scaler"]
+        names += ["discriminator", "d_optimizer"] if self.gan else []
+        return {name: getattr(self, name) for name in names}
+
+    def save(self):
+        """Write all that --resume needs."""
+        self.losses()
+        progress = {name: getattr(self, name) for name in ("step", "seconds", "best", "sums", "count")}
+        log_size = self.log.stat().st_size if self.log.exists() else 0
+        state = dict(stage=self.name, args=plain(self.args), progress=progress, log_size=log_size,
+                     parts={name: part.state_dict() for name, part in self.parts().items()})
+        write_atomically(self.args.output / STATE, lambda file: torch.save(state, file))
+
+    def load(self, state):
+        """Go on from what `save` wrote."""
+        for name, part in self.parts().items():
+            part.load_state_dict(state["parts"][name])
+        for name, value in state["progress"].items():
+            setattr(self, name, value)
+        if self.main_process and self.log.exists():     # lines of steps that will be taken again
+            os.truncate(self.log, state["log_size"])
+
+
+def select_dtype(name, device):
+    """Choose the precision of the networks' arithmetic; weights and losses stay float32."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return getattr(torch, name)
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else \
+        f"CPU, {torch.get_num_threads()} threads"
+
+
+def plain(args):
+    """The flags as numbers and strings, for a .pth file."""
+    return {name: [str(item) for item in value] if isinstance(value, list) else
+            str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM, so that a step is finished and saved before the end."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        if self.number:         # asked twice: do not wait for the step
+            sys.exit(128 + number)
+        self.number = number
+
+    def agreed(self, device):
+        """The signal that any process received, so that all of them end after the same step."""
+        if dist.is_initialized():
+            number = torch.tensor(self.number, device=device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.number = int(number)
+        return self.number
+
+
+def main(args):
+    # Setup processes and device:
+    device = select_device(args.device)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    main_process = not dist.is_initialized() or dist.get_rank() == 0
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    if main_process:
+        print(f"device: {device_name(device)}, {world} process{'es' * (world > 1)}, "
+              f"{str(select_dtype(args.precision, device)).removeprefix('torch.')}", flush=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    features = None
+    if args.vgg_weights != "none":
+        features = VGGFeatures(args.vgg_layer, args.vgg_weights).to(device, memory_format=torch.channels_last)
+
+    # Setup state: where an interrupted training goes on, or nothing.
+    state = load_plain(args.output / STATE) if args.resume else None
+    if state is None and main_process:
+        set_aside(args.output / STATE)
+        set_aside(args.output / "log.jsonl")
+    stop = None
+
+    for name in STAGES:
+        if (state and state["stage"] == "srgan" and name == "srresnet") or \
+                not (args.gan_steps if name == "srgan" else args.pretrain_steps):
+            continue
+        stage = Stage(name, args, device, features)
+        if state and state["stage"] == name:
+            stage.load(state)
+        elif main_process:
+            stage.save()        # a training can be resumed from its first second on
+
+        stop, stopping = stop or StopSignal(), 0
+        with tqdm(total=stage.steps * args.batch_size, initial=stage.step * args.batch_size, desc=name,
+                  unit="image", disable=not main_process, mininterval=1) as bar:
+            while stage.step < stage.steps:
+                stage.train_step()
+                bar.update(args.batch_size)
+                done = stage.step == stage.steps
+                if stage.step % LOG_EVERY == 0 or done:
+                    bar.set_postfix({key: f"{value:.3g}" for key, value in stage.losses().items()})
+                if not dist.is_initialized() or stage.step % LOG_EVERY == 0:
+                    stopping = stop.agreed(device)
+                if main_process and (done or stage.step % args.val_every == 0):
+                    stage.validate()
+                    stage.save()
+                elif main_process and (stopping or stage.step % args.save_every == 0):
+                    stage.save()
+                if stopping:
+                    if main_process:
+                        tqdm.write(f"interrupted at step {stage.step} of {name}; state saved, go on with "
+                                   f"--output {args.output} --resume")
+                    sys.exit(128 + stopping)
+    if main_process:
+        print(f"done: {args.output}")
+
+
+def parse_arguments(argv=None):
+    """Read the flags. With --resume, those of the interrupted training are the defaults."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("data and output").add_argument
+    add("--train-dir", nargs="+", metavar="DIR", help="folders of faces to train on")
+    add("--gan-train-dir", nargs="+", metavar="DIR", help="folders for SRGAN, whose discriminator "
+        "wants clean faces (default: --train-dir)")
+    add("--val-dir", metavar="DIR", help="faces to validate on (default: a part of the training folders)")
+    add("--val-faces", type=int, default=100, metavar="N", help="validate on at most N faces")
+    add("--output", type=Path, metavar="DIR", help="for checkpoints, state and log (default: checkpoints; "
+        "with --dry-run a temporary folder)")
+    add("--resume", action="store_true", help="go on with the training in --output, with its flags")
+    add("--dry-run", action="store_true", help="prove the whole line on generated faces, in seconds")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: bfloat16, else float16, on CUDA, float32 on a CPU; bfloat16 is faster on CPUs "
+        "with AVX512-BF16 or AMX")
+    add("--val-every", type=int, default=500, metavar="STEPS", help="validate and save the state")
+    add("--save-every", type=int, default=200, metavar="STEPS", help="save the state")
+
+    add = parser.add_argument_group("networks").add_argument
+    add("--scale", type=int, default=4, choices=[2, 4, 8], help="enlargement")
+    add("--blocks", type=int, default=16, help="residual blocks")
+    add("--channels", type=int, default=64, help="feature channels")
+    add("--no-bicubic-residual", action="store_true", help="the paper's network: without the addition of "
+        "the bicubically enlarged input")
+
+    add = parser.add_argument_group("recipe").add_argument
+    add("--pretrain-steps", type=int, default=9000, metavar="N", help="steps of SRResNet, or 0")
+    add("--gan-steps", type=int, default=2000, metavar="N", help="steps of SRGAN, or 0")
+    add("--batch-size", type=int, default=16, help="patches per step, of all processes together")
+    add("--patch-size", type=int, default=64, help="HR pixels: a multiple of the scale, 16 to 128")
+    add("--degradation", default="mixed", choices=["bicubic", "mixed"], help="how LR is made")
+    add("--lr", type=float, default=5e-4, help="learning rate of SRResNet (Adam, cosine to a hundredth)")
+    add("--gan-lr", type=float, default=1e-4, help="learning rate of both networks of SRGAN")
+    add("--pixel-weight", type=float, default=1.0, help="of the mean squared error in SRGAN")
+    add("--vgg-weight", type=float, default=0.01, help="of the relative VGG distance in SRGAN")
+    add("--adversarial-weight", type=float, default=1e-3, help="of the adversarial loss in SRGAN")
+    add("--tv-weight", type=float, default=0.0, help="of the total variation, in both stages")
+    add("--vgg-layer", default="conv5_4", choices=list(VGG_LAYERS), help="features of the VGG distance")
+    add("--vgg-weights", metavar="FILE", help="VGG19 state dict (default: torchvision's, downloaded "
+        "once; none: train without the VGG term)")
+    add("--seed", type=int, default=0, help="of the weights and the batches")
+
+    args = parser.parse_args(argv)
+    stored = {}
+    if args.resume:
+        args.output = args.output or Path("checkpoints")
+        if not (args.output / STATE).exists():
+            raise UsageError(f"{args.output} holds no {STATE}, so there is nothing to --resume")
+        stored = load_plain(args.output / STATE)["args"] | {"output": args.output, "resume": True}
+        parser.set_defaults(**stored)
+    elif args.dry_run:
+        parser.set_defaults(blocks=2, channels=16, patch_size=32, batch_size=4, pretrain_steps=4,
+                            gan_steps=4, val_every=2, vgg_weights="none")
+    args = parser.parse_args(argv)
+    for name in ("scale", "blocks", "channels", "no_bicubic_residual") if stored else ():
+        if getattr(args, name) != stored[name]:
+            parser.error(f"--{name.replace('_', '-')} is {stored[name]} in the training to resume")
+    if not (args.train_dir or args.dry_run):
+        parser.error("--train-dir is needed: one or more folders of faces")
+    for name in ("val_faces", "val_every", "save_every", "blocks", "channels", "batch_size", "lr", "gan_lr"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if min(args.pretrain_steps, args.gan_steps) < 0 or not args.pretrain_steps + args.gan_steps:
+        parser.error("--pretrain-steps and --gan-steps must not be negative, nor both 0")
+    if args.patch_size % args.scale or not 16 <= args.patch_size <= FACE_SIZE:
+        parser.error(f"--patch-size must be a multiple of {args.scale} from 16 to {FACE_SIZE}")
+    if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
+        parser.error("--batch-size must be a multiple of the number of processes")
+    return args
+
+
+def run(argv=None):
+    """Run `main` and turn every expected failure into one sentence and an exit status."""
+    try:
+        args = parse_arguments(argv)
+        with tempfile.TemporaryDirectory() as folder:
+            if args.dry_run and not args.train_dir:
+                draw_faces(folder)
+                args.train_dir = [folder]
+            args.output = args.output or (Path(folder, "output") if args.dry_run else Path("checkpoints"))
+            main(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UsageError, DataError, LossError, CheckpointError, TrainingError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run()
