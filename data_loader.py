@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 FACE_SIZE = 128             # FFHQ's thumbnails, the HR size
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 VAL_PERCENT = 5             # of a folder without a split of its own
 
 # How the small picture is made from the large one. Pillow's kernels are antialiased (the kernel
@@ -132,6 +132,15 @@ def square_face(picture):
     return picture
 
 
+@functools.lru_cache(maxsize=1)     # both stages of a training may use the same faces
+def load_split(train_dirs, val_dir, val_count, progress=True):
+    """Read the faces of some folders: (those to train on, at most `val_count` to validate on, spread
+    over the validation set), uint8 as of `load_faces`."""
+    train_files, val_files = split_files(train_dirs, val_dir)
+    every = -(-len(val_files) // val_count)
+    return load_faces(train_files, progress), load_faces(val_files[::every], progress=False)
+
+
 def load_faces(files, progress=True):
     """Decode faces once: (N, 3, 128, 128) uint8. 70,000 of them are 3.4 GB.
 
@@ -183,12 +192,12 @@ def to_tensor(pictures):
 
 def to_uint8(batch):
     """Turn (N, 3, H, W) float, clamped to [0, 1], into (N, H, W, 3) uint8 NumPy pictures."""
-    return batch.mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return batch.mul(255).round_().clamp_(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def quantise(batch):
     """Round (N, 3, H, W) float to the 256 levels a picture file holds, in [0, 1]."""
-    return batch.mul(255).round().clamp(0, 255).div(255)
+    return batch.mul(255).round_().clamp_(0, 255).div_(255)
 
 
 @functools.lru_cache(maxsize=256)
@@ -209,18 +218,18 @@ def resize(batch, height, width, kernel="bicubic"):
     def to_levels(values):
         return (values + 0.5).floor().clamp(0, 255)
 
-    columns = _resize_matrix(batch.shape[3], width, kernel, batch.device)
-    rows = _resize_matrix(batch.shape[2], height, kernel, batch.device)
+    columns = _resize_matrix(batch.shape[-1], width, kernel, batch.device)
+    rows = _resize_matrix(batch.shape[-2], height, kernel, batch.device)
     levels = batch * 255 @ columns
     if not kernel.startswith("cv2-"):
         levels = to_levels(levels)          # Pillow rounds and clips between its passes too
-    return to_levels((levels.transpose(2, 3) @ rows).transpose(2, 3)) / 255
+    return to_levels((levels.mT @ rows).mT) / 255
 
 
 def downscale(hr, scale, kernel="bicubic"):
     """Make the low-resolution picture: (N, 3, sH, sW) in [0, 1] -> (N, 3, H, W), quantised to
     8 bits. The default is the protocol of all scores: Pillow's antialiased bicubic."""
-    return resize(hr, hr.shape[2] // scale, hr.shape[3] // scale, kernel)
+    return resize(hr, hr.shape[-2] // scale, hr.shape[-1] // scale, kernel)
 
 
 def degrade(hr, scale, rng):

@@ -13,9 +13,11 @@ import io
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
@@ -24,14 +26,15 @@ from tqdm import tqdm
 from data_loader import (KERNELS, DataError, downscale, find_images, quantise, read_image,
                          square_face, to_tensor, to_uint8)
 from loss import psnr, score
-from model import CheckpointError, bicubic, load_checkpoint, write_atomically
+from model import (CheckpointError, DeviceError, bicubic, load_checkpoint, select_device,
+                   write_atomically)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 MARK = "face-srgan"         # the PNG field "Software" of every result: results are never inputs
 TILE, OVERLAP = 256, 16     # LR pixels
 SHOWN = 8                   # pictures in the comparison figure
-COLUMNS = ("psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic", "psnr_y_bicubic",
-           "ssim_y_bicubic", "lr_psnr")
+HEADER = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic",
+          "psnr_y_bicubic", "ssim_y_bicubic", "lr_psnr")
 
 
 class UsageError(Exception):
@@ -39,19 +42,6 @@ class UsageError(Exception):
 
 
 # Upscaling --------------------------------------------------------------------------------------
-
-def select_device(name):
-    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device; auto is CUDA where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: this machine has no such CUDA device; try --device cpu")
-    return device
-
 
 @torch.inference_mode()
 def upscale(generator, lr):
@@ -79,15 +69,22 @@ def plot_comparison(path, rows):
     """Draw a grid of pictures: one row each, a dict from caption to (H, W, 3) uint8."""
     from matplotlib.figure import Figure                # slow to import, not always needed
     columns = max(map(len, rows))
-    figure = Figure(figsize=(2.6 * columns, 2.95 * len(rows)), layout="constrained")
-    for axes, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows):
+    figure = Figure(figsize=(2.6 * columns, 3.1 * len(rows)))
+    grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=dict(
+        left=0.005, right=0.995, bottom=0.005, top=1 - 0.45 / (3.1 * len(rows)), wspace=0.02, hspace=0.2))
+    for axes, row in zip(grid, rows):
         for axis in axes:
             axis.set_axis_off()
         for axis, (caption, picture) in zip(axes, row.items()):
+            if max(picture.shape) > 1024:       # more than the figure can show
+                size = [max(1, side * 1024 // max(picture.shape)) for side in picture.shape[1::-1]]
+                picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
             axis.imshow(picture, interpolation="nearest")
             axis.set_title(caption, fontsize=9, parse_math=False)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110,
-                                                       metadata={"Software": MARK}))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")      # a name in a script without font
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110,
+                                                           metadata={"Software": MARK}))
 
 
 # Files ------------------------------------------------------------------------------------------
@@ -96,10 +93,10 @@ def plot_comparison(path, rows):
 class Picture:
     """One picture on its way: what was read, and where the result goes."""
     name: str                           # as it is printed and stands in metrics.csv
+    output: Path
     lr: np.ndarray                      # (H, W, 3) uint8
     alpha: np.ndarray | None = None     # (H, W) uint8
     hr: np.ndarray | None = None        # (sH, sW, 3) uint8
-    output: Path | None = None
 
 
 def write_png(path, picture):
@@ -114,6 +111,8 @@ def write_png(path, picture):
 def is_result(path):
     """Tell whether a file was written by this script, at any time."""
     try:
+        if path.suffix == ".csv":
+            return path.read_bytes().startswith(",".join(HEADER).encode())
         with Image.open(path) as image:
             return image.info.get("Software") == MARK
     except Exception:       # not a picture at all, so not ours; reading it will say why
@@ -145,15 +144,15 @@ def find_inputs(inputs, output):
 
 
 def choose_output(relative, output, taken):
-    """Choose the file for a result: DIR/<relative path without suffix>.png or, where that would
-    replace another result of this call or a file that is not an earlier result, a name beside it.
-    """
-    stem = relative.with_suffix("")
-    candidates = [f"{stem}.png", f"{relative}.png"] + [f"{stem}-{n}.png" for n in range(2, 10000)]
-    for candidate in candidates:
-        path = output / candidate
+    """Choose the file for a result: DIR/<relative path without suffix>.png (.csv for a .csv) or,
+    where that would replace another result of this call or a file that is not an earlier result,
+    a name beside it."""
+    stem, suffix = relative.with_suffix(""), ".csv" if relative.suffix == ".csv" else ".png"
+    names = [f"{stem}{suffix}", f"{relative}{suffix}"] + [f"{stem}-{n}{suffix}" for n in range(2, 10000)]
+    for name in names:
+        path = output / name
         key = str(path).casefold()      # some file systems take A.png and a.png for one
-        if key not in taken and (is_result(path) if os.path.lexists(path) else True):
+        if key not in taken and (is_result(path) or not os.path.lexists(path)):
             taken.add(key)
             return path
     raise DataError(f"{relative}: no free name in {output}")
@@ -179,17 +178,16 @@ def simulate(hr, scale, kernel):
 
 # The command ------------------------------------------------------------------------------------
 
-def read_pictures(args, files, scale, failed):
+def read_pictures(args, files, scale, taken, failed):
     """Yield a Picture for each input file that can be used; report the others to `failed`."""
     truths = {}
     if args.hr:
         truths = {path.relative_to(args.hr).with_suffix(""): path for path in find_images(args.hr)}
-    taken = {str(args.output / name).casefold() for name in ("comparison.png", "metrics.csv")}
     if not args.inputs:
         for name, face in sample_faces().items():
             lr, hr = simulate(face, scale, args.kernel)
             output = choose_output(Path(name), args.output, taken)
-            yield Picture(output.stem, lr, None, hr, output)
+            yield Picture(output.stem, output, lr, hr=hr)
     for path, relative in files:
         try:
             lr, alpha = read_image(path)
@@ -209,7 +207,7 @@ def read_pictures(args, files, scale, failed):
                         hr = None
             output = choose_output(relative, args.output, taken)
             name = output.relative_to(args.output).with_suffix("").as_posix()
-            yield Picture(name, lr, alpha, hr, output)
+            yield Picture(name, output, lr, alpha, hr)
         except (DataError, OSError) as error:
             failed(str(error) if str(path) in str(error) else f"{path}: {error}")
 
@@ -234,25 +232,28 @@ def upscale_pictures(generator, pictures, device, batch_size):
         yield from flush(shape)
 
 
-def finish(picture, sr, generator):
-    """Write a result; return (its scores or {}, its row of the comparison)."""
-    scale = generator.scale
-    lr = to_tensor([picture.lr])
-    enlarged = to_uint8(bicubic(lr, scale))[0]
-    result = sr
+def write_result(picture, sr, scale):
+    """Write the PNG of a result, with the alpha channel enlarged beside it."""
     if picture.alpha is not None:
         alpha = to_tensor([np.repeat(picture.alpha[..., None], 3, axis=2)])
-        result = np.dstack([sr, to_uint8(bicubic(alpha, scale))[0, ..., 0]])
-    write_png(picture.output, result)
-    row = {f"{picture.name}\n{lr.shape[3]}x{lr.shape[2]}": picture.lr, "bicubic": enlarged, "ours": sr}
+        sr = np.dstack([sr, to_uint8(bicubic(alpha, scale))[0, ..., 0]])
+    write_png(picture.output, sr)
+
+
+def compare(picture, sr, scale):
+    """Compare a result with bicubic and, where it is known, the ground truth: (its row for
+    `plot_comparison`, its line of metrics.csv or {})."""
+    enlarged = to_uint8(bicubic(to_tensor([picture.lr]), scale))[0]
+    captions = [f"{picture.name}\n{picture.lr.shape[1]}x{picture.lr.shape[0]}", "bicubic\n", "ours\n"]
     if picture.hr is None:
-        return {}, row
+        return dict(zip(captions, (picture.lr, enlarged, sr))), {}
     ours, baseline = score(sr, picture.hr), score(enlarged, picture.hr)
     scores = {**ours, **{f"{name}_bicubic": value for name, value in baseline.items()},
               "lr_psnr": psnr(to_uint8(downscale(to_tensor([sr]), scale))[0], picture.lr)}
-    row = dict(zip((list(row)[0], f"bicubic\n{baseline['psnr']:.2f} dB / {baseline['ssim']:.3f}",
-                    f"ours\n{ours['psnr']:.2f} dB / {ours['ssim']:.3f}"), row.values()))
-    return scores, row | {"ground truth\nPSNR / SSIM": picture.hr}
+    captions[1] += f"{baseline['psnr']:.2f} dB / {baseline['ssim']:.3f}"
+    captions[2] += f"{ours['psnr']:.2f} dB / {ours['ssim']:.3f}"
+    captions.append("ground truth\nPSNR / SSIM")
+    return dict(zip(captions, (picture.lr, enlarged, sr, picture.hr))), scores
 
 
 def main(args):
@@ -277,26 +278,30 @@ def main(args):
     args.output.mkdir(parents=True, exist_ok=True)
 
     scores, sheet, done = {}, {}, 0
-    pictures = read_pictures(args, files, generator.scale, failed)
+    taken = set()
+    comparison, metrics = (choose_output(Path(name), args.output, taken)
+                           for name in ("comparison.png", "metrics.csv"))
+    pictures = read_pictures(args, files, generator.scale, taken, failed)
     for picture, sr in tqdm(upscale_pictures(generator, pictures, device, args.batch_size), "upscaling",
                             len(files) or None, unit="picture", leave=False, disable=None):
         try:
-            result, row = finish(picture, sr, generator)
+            write_result(picture, sr, generator.scale)
         except OSError as error:
             failed(f"{picture.output}: cannot be written ({error.strerror})")
             continue
         done += 1
-        if result:
-            scores[picture.name] = result
-        if len(sheet) < SHOWN:
-            sheet[picture.name] = row
+        if picture.hr is not None or len(sheet) < SHOWN:
+            row, line = compare(picture, sr, generator.scale)
+            if line:
+                scores[picture.name] = line
+            if len(sheet) < SHOWN:
+                sheet[picture.name] = row
     if sheet:
-        plot_comparison(args.output / "comparison.png", [sheet[name] for name in sorted(sheet)])
+        plot_comparison(comparison, [sheet[name] for name in sorted(sheet)])
     if scores:
-        report(scores, args.output / "metrics.csv")
+        report(scores, metrics)
     print(f"{done} picture{'s' * (done != 1)} upscaled {generator.scale}x into {args.output} in "
-          f"{time.monotonic() - started:.1f} s on the {device.type}; compare: "
-          f"{args.output / 'comparison.png'}")
+          f"{time.monotonic() - started:.1f} s on the {device.type}; compare: {comparison}")
     return 1 if problems else 0
 
 
@@ -305,21 +310,21 @@ def report(scores, path):
     width = max(map(len, [*scores, "image"]))
     print(f"{'image':{width}}  {'PSNR':>14}  {'SSIM':>15}  {'PSNR-Y':>14}  {'SSIM-Y':>15}  {'LR-PSNR':>7}\n"
           f"{'':{width}}  " + "  ".join(["  ours bicubic", "  ours  bicubic"] * 2))
-    means = {column: np.mean([row[column] for row in scores.values()]) for column in COLUMNS}
+    means = {column: np.mean([row[column] for row in scores.values()]) for column in HEADER[1:]}
     for name, row in [*sorted(scores.items()), ("mean", means)]:
         print(f"{name:{width}}  " + "  ".join(
             f"{row[column]:6.{digits}f} {row[column + '_bicubic']:7.{digits}f}{' ' * (digits - 2)}"
-            for column, digits in zip(COLUMNS[:4], (2, 4, 2, 4))) + f"  {row['lr_psnr']:7.2f}")
+            for column, digits in zip(HEADER[1:5], (2, 4, 2, 4))) + f"  {row['lr_psnr']:7.2f}")
 
-    lines = [("image", *COLUMNS)]
-    lines += [(name, *(f"{row[column]:.6f}" for column in COLUMNS)) for name, row in sorted(scores.items())]
+    lines = [HEADER] + [(name, *(f"{row[column]:.6f}" for column in HEADER[1:]))
+                        for name, row in sorted(scores.items())]
     with io.StringIO(newline="") as text:
         csv.writer(text).writerows(lines)
         write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+    parser = argparse.ArgumentParser(prog="inference.py", description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="files and folders (recursively); without, a few "
@@ -346,7 +351,7 @@ def run(argv=None):
     """Run `main` and turn every expected failure into one sentence; return the exit status."""
     try:
         return main(parse_arguments(argv))
-    except (UsageError, CheckpointError, DataError, OSError) as error:
+    except (UsageError, CheckpointError, DataError, DeviceError, OSError) as error:
         print(f"inference.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The two networks of SRGAN and the file that keeps them.
+"""The two networks of SRGAN, the file that keeps them and the device that runs them.
 
 Generator and Discriminator follow Ledig et al. 2017, "Photo-Realistic Single Image
 Super-Resolution Using a Generative Adversarial Network" (arXiv:1609.04802), section 2.1 and
@@ -21,6 +21,10 @@ FORMAT = "face-srgan/1"
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be used; the message is one sentence for the user."""
+
+
+class DeviceError(Exception):
+    """A device that is not there; the message is one sentence for the user."""
 
 
 def bicubic(lr, scale):
@@ -151,6 +155,15 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def set_aside(path):
+    """Rename a file of an earlier training to a free name beside it, so that nothing is lost."""
+    if path.exists():
+        free = next(name for n in range(1, 10**6)
+                    if not (name := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists())
+        path.rename(free)
+        print(f"{path} of an earlier training is kept as {free.name}")
+
+
 def save_checkpoint(path, generator, training):
     """Write a generator's weights and architecture, and the facts of its training (a dict of
     numbers, strings and dicts of those), as one .pth file."""
@@ -193,3 +206,30 @@ def load_checkpoint(path):
         raise CheckpointError(f"{path}: not a generator checkpoint of this project "
                               f"(format {FORMAT})") from None
     return generator.eval(), training
+
+
+def select_device(name):
+    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device; auto is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"--device {name}: this machine has no such CUDA device; try --device cpu")
+    return device
+
+
+def select_dtype(name, device):
+    """Choose the precision of the networks' arithmetic; weights and losses stay float32."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return getattr(torch, name)
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else \
+        f"CPU, {torch.get_num_threads()} threads"

@@ -29,17 +29,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data_loader import (FACE_SIZE, DataError, FaceBatches, downscale, draw_faces, load_faces,
-                         split_files, to_uint8)
-from inference import UsageError, plot_comparison, select_device, upscale
+from data_loader import (FACE_SIZE, DataError, FaceBatches, downscale, draw_faces, load_split,
+                         to_uint8)
+from inference import plot_comparison, upscale
 from loss import (VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, discriminator_loss, score,
                   vgg_distance)
-from model import (CheckpointError, Discriminator, Generator, bicubic, load_checkpoint, load_plain,
-                   save_checkpoint, write_atomically)
+from model import (CheckpointError, DeviceError, Discriminator, Generator, bicubic, device_name,
+                   load_checkpoint, load_plain, save_checkpoint, select_device, select_dtype,
+                   set_aside, write_atomically)
 
 STAGES = ("srresnet", "srgan")
 STATE = "training_state.pth"
 PRIVATE = ("train_dir", "gan_train_dir", "val_dir", "output", "vgg_weights")   # paths stay here
+VAL_FACES = 100     # validated on, spread over the validation set
 LOG_EVERY = 10      # steps between looks at the losses; each look waits for the GPU
 
 
@@ -62,14 +64,6 @@ def update_ema(ema, generator, step, decay=0.999):
 def learning_rate(step, steps):
     """Factor of the learning rate: a cosine from 1 to 0.01, after a linear warm-up of 50 steps."""
     return min(1, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-@functools.lru_cache(maxsize=1)     # both stages may use the same faces
-def load_data(train_dirs, val_dir, val_count, progress):
-    """Read the faces of some folders: (to train on, at most `val_count` to validate on), uint8."""
-    train_files, val_files = split_files(train_dirs, val_dir)
-    val_files = val_files[::math.ceil(len(val_files) / val_count)]
-    return load_faces(train_files, progress), load_faces(val_files, progress=False)
 
 
 def validate(network, faces, scale, device, features=None):
@@ -99,7 +93,8 @@ def plot_curves(log, path):
     """Draw the training curves of a log.jsonl: PSNR, VGG distance, losses, D(real) and D(fake)."""
     from matplotlib.figure import Figure
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = Figure(figsize=(12, 8))
+    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.07, top=0.95, hspace=0.3)
     panels = dict(zip(("validation PSNR, dB", "validation VGG distance", "training losses, unweighted",
                        "mean D(real) and D(fake)"), figure.subplots(2, 2).flat))
     psnr, vgg, losses, outputs = panels.values()
@@ -127,15 +122,6 @@ def plot_curves(log, path):
     figure.savefig(path, dpi=100)
 
 
-def set_aside(path):
-    """Rename a file of an earlier training to a free name beside it, so that nothing is lost."""
-    if path.exists():
-        free = next(name for n in range(1, 10**6)
-                    if not (name := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists())
-        path.rename(free)
-        tqdm.write(f"{path} of an earlier training is kept as {free.name}")
-
-
 class Stage:
     """One stage of the training, "srresnet" (pixel loss) or "srgan" (all losses): its data,
     networks, optimisers and progress, and what is done with them."""
@@ -152,7 +138,7 @@ class Stage:
 
         # Setup data:
         self.folders = args.gan_train_dir if self.gan and args.gan_train_dir else args.train_dir
-        faces, self.val_faces = load_data(tuple(self.folders), args.val_dir, args.val_faces, self.main_process)
+        faces, self.val_faces = load_split(tuple(self.folders), args.val_dir, VAL_FACES, self.main_process)
         self.face_count = len(faces)
         self.batches = FaceBatches(faces.to(device), args.batch_size, args.patch_size, args.scale,
                                    args.degradation, seed=2 * args.seed + self.gan, rank=rank, world=world)
@@ -160,7 +146,7 @@ class Stage:
         # Setup networks:
         torch.manual_seed(args.seed)
         generator = Generator(args.scale, args.blocks, args.channels, not args.no_bicubic_residual)
-        discriminator = Discriminator()
+        discriminator = Discriminator(args.channels)
         self.pretraining = {}
         if self.gan:
             self.pretraining = self.start_from(args.output / f"srresnet_x{args.scale}.pth", generator)
@@ -205,11 +191,12 @@ class Stage:
     def start_from(self, path, generator):
         """Load the SRResNet that SRGAN starts from; return the facts of its training."""
         if not path.exists():
-            print(f"there is no {path}: the generator of SRGAN starts untrained")
+            if self.main_process:
+                print(f"there is no {path}: the generator of SRGAN starts untrained")
             return {}
         pretrained, facts = load_checkpoint(path)
         if pretrained.architecture != generator.architecture:
-            raise UsageError(f"{path} has the architecture {pretrained.architecture}, not "
+            raise TrainingError(f"{path} has the architecture {pretrained.architecture}, not "
                              f"{generator.architecture}; give its flags, or another --output")
         generator.load_state_dict(pretrained.state_dict())
         return facts
@@ -325,20 +312,6 @@ class Stage:
             os.truncate(self.log, state["log_size"])
 
 
-def select_dtype(name, device):
-    """Choose the precision of the networks' arithmetic; weights and losses stay float32."""
-    if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return getattr(torch, name)
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"CPU, {torch.get_num_threads()} threads"
-
-
 def plain(args):
     """The flags as numbers and strings, for a .pth file."""
     return {name: [str(item) for item in value] if isinstance(value, list) else
@@ -346,12 +319,17 @@ def plain(args):
 
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM, so that a step is finished and saved before the end."""
+    """Notes SIGINT and SIGTERM, so that the step is finished and saved before the end."""
 
-    def __init__(self):
+    def __enter__(self):
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        self.handlers = {number: signal.signal(number, self.note)
+                         for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def note(self, number, frame):
         if self.number:         # asked twice: do not wait for the step
@@ -392,53 +370,56 @@ def main(args):
     if state is None and main_process:
         set_aside(args.output / STATE)
         set_aside(args.output / "log.jsonl")
-    stop = None
 
-    for name in STAGES:
-        if (state and state["stage"] == "srgan" and name == "srresnet") or \
-                not (args.gan_steps if name == "srgan" else args.pretrain_steps):
-            continue
-        stage = Stage(name, args, device, features)
-        if state and state["stage"] == name:
-            stage.load(state)
-        elif main_process:
-            stage.save()        # a training can be resumed from its first second on
-
-        stop, stopping = stop or StopSignal(), 0
-        with tqdm(total=stage.steps * args.batch_size, initial=stage.step * args.batch_size, desc=name,
-                  unit="image", disable=not main_process, mininterval=1) as bar:
-            while stage.step < stage.steps:
-                stage.train_step()
-                bar.update(args.batch_size)
-                done = stage.step == stage.steps
-                if stage.step % LOG_EVERY == 0 or done:
-                    bar.set_postfix({key: f"{value:.3g}" for key, value in stage.losses().items()})
-                if not dist.is_initialized() or stage.step % LOG_EVERY == 0:
-                    stopping = stop.agreed(device)
-                if main_process and (done or stage.step % args.val_every == 0):
-                    stage.validate()
-                    stage.save()
-                elif main_process and (stopping or stage.step % args.save_every == 0):
-                    stage.save()
-                if stopping:
-                    if main_process:
-                        tqdm.write(f"interrupted at step {stage.step} of {name}; state saved, go on with "
-                                   f"--output {args.output} --resume")
-                    sys.exit(128 + stopping)
+    # Train the stages that are wanted and not yet done:
+    with StopSignal() as stop:
+        for name in STAGES[STAGES.index(state["stage"]) if state else 0:]:
+            if name == "srgan" and args.gan_steps or name == "srresnet" and args.pretrain_steps:
+                stage = Stage(name, args, device, features)
+                if state and state["stage"] == name:
+                    stage.load(state)
+                elif main_process:
+                    stage.save()        # so that even the first steps can be resumed
+                run_stage(stage, stop)
     if main_process:
         print(f"done: {args.output}")
 
 
+def run_stage(stage, stop):
+    """Train a stage to its last step, validating and saving on the way, or until a signal."""
+    args, stopping = stage.args, 0
+    with tqdm(total=stage.steps * args.batch_size, initial=stage.step * args.batch_size, desc=stage.name,
+              unit="image", disable=not stage.main_process, mininterval=1) as bar:
+        while stage.step < stage.steps:
+            stage.train_step()
+            bar.update(args.batch_size)
+            last = stage.step == stage.steps
+            if stage.step % LOG_EVERY == 0:
+                bar.set_postfix({name: f"{value:.3g}" for name, value in stage.losses().items()})
+            if stage.step % LOG_EVERY == 0 or not dist.is_initialized():
+                stopping = stop.agreed(stage.device)
+            if stage.main_process:
+                if last or stage.step % args.val_every == 0:
+                    stage.validate()
+                    stage.save()
+                elif stopping or stage.step % args.save_every == 0:
+                    stage.save()
+            if stopping:
+                if stage.main_process:
+                    tqdm.write(f"interrupted at step {stage.step} of {stage.name}; the state is saved, "
+                               f"go on with --output {args.output} --resume")
+                sys.exit(128 + stopping)
+
+
 def parse_arguments(argv=None):
     """Read the flags. With --resume, those of the interrupted training are the defaults."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data and output").add_argument
     add("--train-dir", nargs="+", metavar="DIR", help="folders of faces to train on")
     add("--gan-train-dir", nargs="+", metavar="DIR", help="folders for SRGAN, whose discriminator "
         "wants clean faces (default: --train-dir)")
     add("--val-dir", metavar="DIR", help="faces to validate on (default: a part of the training folders)")
-    add("--val-faces", type=int, default=100, metavar="N", help="validate on at most N faces")
     add("--output", type=Path, metavar="DIR", help="for checkpoints, state and log (default: checkpoints; "
         "with --dry-run a temporary folder)")
     add("--resume", action="store_true", help="go on with the training in --output, with its flags")
@@ -455,7 +436,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("networks").add_argument
     add("--scale", type=int, default=4, choices=[2, 4, 8], help="enlargement")
     add("--blocks", type=int, default=16, help="residual blocks")
-    add("--channels", type=int, default=64, help="feature channels")
+    add("--channels", type=int, default=64, help="feature channels of both networks")
     add("--no-bicubic-residual", action="store_true", help="the paper's network: without the addition of "
         "the bicubically enlarged input")
 
@@ -481,7 +462,7 @@ def parse_arguments(argv=None):
     if args.resume:
         args.output = args.output or Path("checkpoints")
         if not (args.output / STATE).exists():
-            raise UsageError(f"{args.output} holds no {STATE}, so there is nothing to --resume")
+            raise TrainingError(f"{args.output} holds no {STATE}, so there is nothing to --resume")
         stored = load_plain(args.output / STATE)["args"] | {"output": args.output, "resume": True}
         parser.set_defaults(**stored)
     elif args.dry_run:
@@ -493,7 +474,7 @@ def parse_arguments(argv=None):
             parser.error(f"--{name.replace('_', '-')} is {stored[name]} in the training to resume")
     if not (args.train_dir or args.dry_run):
         parser.error("--train-dir is needed: one or more folders of faces")
-    for name in ("val_faces", "val_every", "save_every", "blocks", "channels", "batch_size", "lr", "gan_lr"):
+    for name in ("val_every", "save_every", "blocks", "channels", "batch_size", "lr", "gan_lr"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if min(args.pretrain_steps, args.gan_steps) < 0 or not args.pretrain_steps + args.gan_steps:
@@ -517,7 +498,7 @@ def run(argv=None):
             main(args)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UsageError, DataError, LossError, CheckpointError, TrainingError, OSError) as error:
+    except (CheckpointError, DataError, DeviceError, LossError, TrainingError, OSError) as error:
         sys.exit(f"train.py: {error}")
     finally:
         if dist.is_initialized():

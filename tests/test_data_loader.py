@@ -1,0 +1,256 @@
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_loader import (
+    KERNELS,
+    DataError,
+    FaceBatches,
+    degrade,
+    downscale,
+    draw_faces,
+    find_images,
+    load_faces,
+    read_image,
+    resize,
+    split_files,
+    to_tensor,
+    to_uint8,
+)
+
+
+def write(path, picture, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path, **options)
+
+
+def gradient(height=128, width=128):
+    """A smooth picture whose channels differ, so that mixed-up colours or axes show."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 255 / width, y * 255 / height, 255 - x * 128 / width], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("size", [(128, 128), (64, 100)])
+def test_downscale_agrees_with_the_libraries(kernel, size, faces):
+    pictures = [read_image(path)[0][: size[0], : size[1]] for path in find_images(faces)[:4]]
+    pictures += [np.random.default_rng(i).integers(0, 2, (*size, 3), dtype=np.uint8) * 255 for i in range(2)]
+    ours = to_uint8(downscale(to_tensor(pictures), 4, kernel))
+    for picture, mine in zip(pictures, ours):
+        small = (size[1] // 4, size[0] // 4)
+        theirs = (
+            cv2.resize(picture, small, interpolation=KERNELS[kernel])
+            if kernel.startswith("cv2-")
+            else np.array(Image.fromarray(picture).resize(small, KERNELS[kernel]))
+        )
+        assert np.abs(mine.astype(int) - theirs).max() <= 1
+
+
+def test_downscale_is_quantised_and_antialiased():
+    lr = downscale(torch.rand(1, 3, 32, 32), 4)
+    torch.testing.assert_close(lr * 255, (lr * 255).round())
+    checkers = np.indices((32, 32)).sum(0) % 2
+    checkers = torch.tensor(checkers, dtype=torch.float32).expand(1, 3, -1, -1)
+    assert (downscale(checkers, 4) - 0.5).abs().max() < 0.05
+
+
+def test_ffhq_tree_gets_its_official_split(tmp_path):
+    for number in (0, 999, 1000, 59999, 60000, 69999):
+        write(
+            tmp_path / "thumbnails128x128" / f"{number // 1000:02d}000" / f"{number:05d}.png", gradient(8, 8)
+        )
+    train, val = split_files([tmp_path])
+    assert [path.stem for path in train] == ["00000", "00999", "01000", "59999"]
+    assert [path.stem for path in val] == ["60000", "69999"]
+
+
+def test_other_folders_split_by_name_for_good(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for i in range(60):
+        write((a if i % 2 else b) / f"face{i}.png", gradient(4, 4))
+    train, val = split_files([a, b, a])
+    assert len(train) + len(val) == 60 and 1 <= len(val) <= 10
+    assert not {path.name for path in train} & {path.name for path in val}
+    assert (train, val) == split_files([a, b])
+    for i in range(60, 90):
+        write(a / f"face{i}.png", gradient(4, 4))
+    more_train, more_val = split_files([a, b])
+    assert set(train) <= set(more_train) and set(val) <= set(more_val)
+
+
+def test_validation_folder_never_trains(tmp_path):
+    for i in range(4):
+        write(tmp_path / "all" / ("held" if i < 2 else "rest") / f"{i}.png", gradient(4, 4))
+    (tmp_path / "link").symlink_to(tmp_path / "all" / "held")
+    train, val = split_files([tmp_path / "all"], tmp_path / "link")
+    assert [path.name for path in train] == ["2.png", "3.png"]
+    assert [path.name for path in val] == ["0.png", "1.png"]
+
+
+def test_useless_folders_are_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    write(tmp_path / "one" / "face.png", gradient())
+    for folders, val in [
+        ([tmp_path / "absent"], None),
+        ([tmp_path / "one"], None),
+        ([tmp_path / "one"], tmp_path / "one"),
+        ([tmp_path / "one"], tmp_path / "absent"),
+    ]:
+        with pytest.raises(DataError) as error:
+            split_files(folders, val)
+        assert str(tmp_path) in str(error.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="expected a folder of faces"):
+        split_files([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp", "bmp", "tif", "TIFF"])
+def test_every_format_loads_with_its_colours(tmp_path, suffix):
+    write(
+        tmp_path / f"face.{suffix}",
+        gradient(),
+        **({"quality": 95} if suffix in ("jpg", "jpeg", "webp") else {}),
+    )
+    faces = load_faces(find_images(tmp_path), progress=False)
+    assert faces.shape == (1, 3, 128, 128) and faces.dtype == torch.uint8
+    assert np.abs(faces[0].permute(1, 2, 0).numpy().astype(int) - gradient()).mean() < 3
+
+
+def test_any_size_becomes_the_centre_square_of_128(tmp_path):
+    picture = np.zeros((256, 512, 3), np.uint8)
+    picture[:, 128:384] = (np.indices((256, 256)).sum(0) % 2 * 255)[..., None]  # gray, antialiased
+    picture[:, :128] = picture[:, 384:] = (255, 0, 0)  # outside of the square
+    write(tmp_path / "wide.png", picture)
+    face = load_faces([tmp_path / "wide.png"], progress=False)[0].float()
+    assert face.shape == (3, 128, 128)
+    assert (face[:, 3:-3, 3:-3] - 127).abs().max() < 12
+
+
+def test_damaged_file_is_named_once_and_left_out(tmp_path, faces, capsys):
+    draw_faces(tmp_path, 3)
+    whole = (tmp_path / "00001.png").read_bytes()
+    (tmp_path / "00001.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("hello")
+    loaded = load_faces(find_images(tmp_path), progress=False)
+    errors = capsys.readouterr().err
+    assert len(loaded) == 2
+    assert errors.count("00001.png") == 1 and errors.count("text.png") == 1
+    with pytest.raises(DataError):
+        load_faces([tmp_path / "text.png"], progress=False)
+
+
+def test_read_image_understands_every_sort(tmp_path):
+    picture = gradient(20, 30)
+    gray = picture[..., 0]
+    rotation = Image.Exif()
+    rotation[0x0112] = 6
+    palette = Image.fromarray(picture).quantize(256)
+    cases = {
+        "gray.png": (Image.fromarray(gray), {}, np.repeat(gray[..., None], 3, 2), None),
+        "rgba.png": (Image.fromarray(np.dstack([picture, gray])), {}, picture, gray),
+        "la.png": (
+            Image.merge("LA", [Image.fromarray(gray)] * 2),
+            {},
+            np.repeat(gray[..., None], 3, 2),
+            gray,
+        ),
+        "palette.png": (palette, {}, np.array(palette.convert("RGB")), None),
+        "gray16.png": (
+            Image.fromarray(gray.astype(np.uint16) * 257),
+            {},
+            np.repeat(gray[..., None], 3, 2),
+            None,
+        ),
+        "float.tif": (
+            Image.fromarray(gray.astype(np.float32) / 255),
+            {},
+            np.repeat(gray[..., None], 3, 2),
+            None,
+        ),
+        "one bit.png": (
+            Image.fromarray(gray > 99),
+            {},
+            np.repeat((gray > 99)[..., None] * np.uint8(255), 3, 2),
+            None,
+        ),
+        "rotated.png": (Image.fromarray(picture), {"exif": rotation}, np.rot90(picture, -1), None),
+        "cmyk.jpg": (Image.fromarray(picture).convert("CMYK"), {"quality": 100}, picture, None),
+        "ünï 顔.webp": (Image.fromarray(picture), {"lossless": True}, picture, None),
+        "moving.gif": (
+            palette,
+            {"save_all": True, "append_images": [palette.rotate(180)]},
+            np.array(palette.convert("RGB")),
+            None,
+        ),
+    }
+    for name, (image, options, expected, expected_alpha) in cases.items():
+        image.save(tmp_path / name, **options)
+        rgb, alpha = read_image(tmp_path / name)
+        assert rgb.dtype == np.uint8 and rgb.shape == expected.shape, name
+        assert np.abs(rgb.astype(int) - expected).max() <= (8 if name == "cmyk.jpg" else 0), name
+        assert (alpha is None) if expected_alpha is None else np.array_equal(alpha, expected_alpha), name
+
+
+def test_batches_are_a_function_of_the_step(faces):
+    bytes_ = load_faces(find_images(faces), progress=False)
+    one, two = (FaceBatches(bytes_, batch_size=6, patch_size=32) for _ in range(2))
+    for step in (3, 0, 7, 3):
+        for a, b in zip(one(step), two(step)):
+            assert torch.equal(a, b)
+    lr, hr = one(3)
+    assert lr.shape == (6, 3, 8, 8) and hr.shape == (6, 3, 32, 32)
+    assert not torch.equal(hr, one(4)[1])
+    assert not torch.equal(hr, FaceBatches(bytes_, 6, 32, seed=1)(3)[1])
+    for batch in (lr, hr):
+        assert 0 <= batch.min() and batch.max() <= 1
+        torch.testing.assert_close(batch * 255, (batch * 255).round())
+
+
+def test_processes_share_a_batch_without_overlap(faces):
+    bytes_ = load_faces(find_images(faces), progress=False)
+    whole = FaceBatches(bytes_, 6, 32, degradation="bicubic")(5)
+    parts = [FaceBatches(bytes_, 6, 32, degradation="bicubic", rank=rank, world=2)(5) for rank in range(2)]
+    for i in range(2):
+        assert torch.equal(torch.stack([parts[0][i], parts[1][i]], 1).flatten(0, 1), whole[i])
+
+
+def test_every_face_is_seen_once_an_epoch_whole_patches_both_ways(faces):
+    marked = torch.zeros(8, 3, 128, 128, dtype=torch.uint8)
+    marked[..., 64:] = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1) * 20 + 60  # bright right half
+    batches = FaceBatches(marked, batch_size=4, patch_size=128, degradation="bicubic")
+    orders = []
+    for epoch in range(6):
+        hr = torch.cat([batches(2 * epoch)[1], batches(2 * epoch + 1)[1]])
+        orders.append(hr.amax((1, 2, 3)))
+        assert len(set(orders[-1].tolist())) == 8
+        flipped = hr[..., 0].mean((1, 2)) > hr[..., -1].mean((1, 2))
+        assert 0 < flipped.sum() < 8
+    assert not torch.equal(orders[0], orders[1])
+
+
+def test_patches_move_and_zoom_and_pair_up(faces):
+    ramp = torch.from_numpy(gradient()).permute(2, 0, 1)[None].repeat(16, 1, 1, 1)
+    lr, hr = FaceBatches(ramp, 16, 64, degradation="bicubic")(0)
+    assert torch.equal(lr, downscale(hr, 4))
+    left, right = hr[:, 0, :, 0].mean(1), hr[:, 0, :, -1].mean(1)
+    assert torch.minimum(left, right).std() > 0.02  # different places
+    assert (left - right).abs().max() / (left - right).abs().min() > 1.2  # different sizes
+
+
+def test_mixed_degradation_draws_many_kinds_and_stays_aligned():
+    picture = to_tensor([gradient()]).repeat(64, 1, 1, 1)
+    lr = degrade(picture, 4, np.random.default_rng(0))
+    torch.testing.assert_close(lr * 255, (lr * 255).round())
+    assert len({sample.numpy().tobytes() for sample in lr}) > 20
+    # None of them moves the picture or shifts its colours.
+    assert (lr - downscale(picture, 4)).mean((2, 3)).abs().max() < 0.02
+    assert torch.equal(degrade(picture, 4, np.random.default_rng(0)), lr)
+
+
+def test_resize_enlarges_like_pillow(faces):
+    picture = read_image(find_images(faces)[0])[0]
+    theirs = np.array(Image.fromarray(picture).resize((150, 140), Image.Resampling.BICUBIC))
+    ours = to_uint8(resize(to_tensor([picture]), 140, 150))[0]
+    assert np.abs(ours.astype(int) - theirs).max() <= 1

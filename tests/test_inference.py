@@ -1,0 +1,345 @@
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+import inference
+from data_loader import find_images, read_image, to_tensor, to_uint8
+from inference import CHECKPOINT, upscale
+from model import bicubic, load_checkpoint
+
+ROOT = Path(inference.__file__).parent
+FIGURES = {"comparison.png", "metrics.csv"}
+
+
+def save(path, picture, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(path, **options)
+
+
+def noise(height, width, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def results(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - FIGURES
+
+
+@pytest.fixture
+def run(tiny_checkpoint, tmp_path):
+    """Call the command with the tiny checkpoint and an output folder; return the exit status."""
+
+    def call(*arguments, output=None):
+        return inference.run(
+            [
+                *map(str, arguments),
+                "--output",
+                str(output or tmp_path / "out"),
+                "--checkpoint",
+                str(tiny_checkpoint),
+                "--device",
+                "cpu",
+            ]
+        )
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_checkpoint(CHECKPOINT)[0].for_inference()
+
+
+def test_shipped_weights_show_what_the_project_does(tmp_path, capsys):
+    """`python inference.py` alone, with the shipped weights: sharper than bicubic, still faithful."""
+    assert inference.run(["--output", str(tmp_path), "--device", "cpu"]) == 0
+    assert results(tmp_path) == {"astronaut.png", "grace_hopper.png"}
+    assert "mean" in capsys.readouterr().out
+    with open(tmp_path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert float(row["lr_psnr"]) > 30
+        assert float(row["ssim"]) > float(row["ssim_bicubic"]) + 0.02
+    for name, face in inference.sample_faces().items():
+        sr = read_image(tmp_path / f"{name}.png")[0]
+        lr, hr = inference.simulate(face, 4, "bicubic")
+        blurred = to_uint8(bicubic(to_tensor([lr]), 4))[0]
+        detail = [np.abs(np.diff(picture.astype(float), axis=1)).mean() for picture in (blurred, sr, hr)]
+        assert detail[1] > detail[0] + 0.4 * (detail[2] - detail[0])
+        assert np.abs(sr.mean((0, 1)) - hr.mean((0, 1))).max() < 3  # no colour shift
+
+
+def test_shipped_srresnet_beats_bicubic():
+    generator = load_checkpoint(CHECKPOINT.with_name("srresnet_x4.pth"))[0].for_inference()
+    gains = []
+    for face in inference.sample_faces().values():
+        for kernel in ("bicubic", "cv2-linear"):
+            lr, hr = inference.simulate(face, 4, kernel)
+            lr = to_tensor([lr])
+            gains.append(
+                inference.psnr(to_uint8(upscale(generator, lr))[0], hr)
+                - inference.psnr(to_uint8(bicubic(lr, 4))[0], hr)
+            )
+    assert min(gains) > 0.7
+
+
+def test_alone_on_a_folder_tree(run, tmp_path):
+    save(tmp_path / "in" / "a.jpg", noise(8, 8))
+    save(tmp_path / "in" / "a.png", noise(8, 8, seed=1))
+    save(tmp_path / "in" / "sub" / "dir.x" / "顔 $1$.png", noise(6, 9))
+    save(tmp_path / "in" / "comparison.jpg", noise(8, 8))
+    (tmp_path / "in" / "notes.txt").write_text("not a picture")
+    before = {path: path.read_bytes() for path in (tmp_path / "in").rglob("*") if path.is_file()}
+    assert run(tmp_path / "in") == 0
+    expected = {"a.png", "a.png.png", "comparison.jpg.png", "sub/dir.x/顔 $1$.png"}
+    assert results(tmp_path / "out") == expected
+    assert (tmp_path / "out" / "comparison.png").exists()
+    assert read_image(tmp_path / "out" / "sub" / "dir.x" / "顔 $1$.png")[0].shape == (24, 36, 3)
+    assert before == {path: path.read_bytes() for path in before}
+    assert run(tmp_path / "in") == 0 and results(tmp_path / "out") == expected  # replaced, not added
+
+
+@pytest.mark.parametrize("output", ["in", "in/results"])
+def test_results_among_the_inputs(run, tmp_path, output):
+    """Whatever --output says, no input is overwritten and no result is taken for an input."""
+    save(tmp_path / "in" / "a.png", noise(8, 8))
+    save(tmp_path / "in" / "b.jpg", noise(8, 8))
+    save(tmp_path / "in" / "comparison.png", noise(8, 8, seed=2))
+    (tmp_path / "in" / "metrics.csv").write_text("mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    counts = []
+    for _ in range(2):
+        assert run(tmp_path / "in", "--simulate", output=tmp_path / output) == 0
+        counts.append(sorted(path for path in (tmp_path / "in").rglob("*") if path.is_file()))
+    assert counts[0] == counts[1]
+    assert before == {path: path.read_bytes() for path in before}
+    made = [path for path in counts[0] if path not in before and path.suffix == ".png"]
+    assert len(made) == 4  # three results and the comparison
+    assert run(*made, output=tmp_path / output) == 2  # nothing but results: nothing to do
+
+
+def test_a_link_to_an_input_is_not_written_through(run, tmp_path):
+    save(tmp_path / "a.png", noise(8, 8))
+    before = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.png").symlink_to(tmp_path / "a.png")
+    assert run(tmp_path / "a.png") == 0
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert read_image(tmp_path / "out" / "a.png.png")[0].shape == (32, 32, 3)
+
+
+def test_inputs_of_every_sort(run, tmp_path, capsys):
+    folder = tmp_path / "in"
+    gray = noise(10, 12)[..., 0]
+    rotation = Image.Exif()
+    rotation[0x0112] = 6
+    good = {
+        "gray.png": (gray, {}),
+        "gray16.png": (gray.astype(np.uint16) * 257, {}),
+        "palette.png": (Image.fromarray(noise(10, 12)).quantize(16), {}),
+        "cmyk.jpg": (Image.fromarray(noise(10, 12)).convert("CMYK"), {}),
+        "rotated.jpg": (noise(12, 10), {"exif": rotation}),
+        "alpha.png": (noise(10, 12, 4), {}),
+        "moving.gif": (gray, {"save_all": True, "append_images": [Image.fromarray(gray).rotate(180)]}),
+    }
+    for name, (picture, options) in good.items():
+        save(folder / name, picture, **options)
+    save(folder / "narrow.png", noise(40, 1))
+    save(folder / "dot.png", noise(1, 1))
+    save(folder / "cut.png", noise(40, 40))
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:2000])
+    (folder / "text.png").write_text("hello")
+    (folder / "nothing.jpg").touch()
+    assert run(folder, tmp_path / "absent") == 1
+    errors = capsys.readouterr().err
+    for name in ("cut.png", "text.png", "nothing.jpg", "absent"):
+        assert sum(name in line for line in errors.splitlines()) == 1, name
+    assert "Traceback" not in errors
+    out = tmp_path / "out"
+    assert results(out) == {f"{Path(name).stem}.png" for name in (*good, "narrow.png", "dot.png")}
+    for name in good:
+        assert read_image(out / f"{Path(name).stem}.png")[0].shape == (40, 48, 3), name
+    assert read_image(out / "narrow.png")[0].shape == (160, 4, 3)
+    assert read_image(out / "alpha.png")[1].shape == (40, 48)
+
+
+def test_alpha_is_kept(run, tmp_path):
+    picture = noise(8, 8, 4)
+    picture[..., 3] = 0
+    picture[2:6, 2:6, 3] = 255
+    save(tmp_path / "a.png", picture)
+    assert run(tmp_path / "a.png") == 0
+    alpha = read_image(tmp_path / "out" / "a.png")[1]
+    assert (alpha[12:20, 12:20] == 255).all() and (alpha[:4] < 3).all() and 0.2 < alpha.mean() / 255 < 0.3
+
+
+def test_the_command_is_the_function(run, tmp_path, tiny_checkpoint):
+    save(tmp_path / "a.png", noise(9, 7))
+    assert run(tmp_path / "a.png") == 0
+    generator = load_checkpoint(tiny_checkpoint)[0].for_inference()
+    expected = to_uint8(upscale(generator, to_tensor([noise(9, 7)])))[0]
+    assert np.array_equal(read_image(tmp_path / "out" / "a.png")[0], expected)
+
+
+def test_scores_are_those_of_the_files(run, tmp_path, faces):
+    """metrics.csv against scikit-image on the written PNG and Pillow's own reduction."""
+    truth = tmp_path / "hr"
+    for i, path in enumerate(find_images(faces)[:3]):
+        save(truth / "sub" / path.name, Image.open(path))
+        save(
+            tmp_path / "lr" / "sub" / f"{path.stem}.bmp",
+            Image.open(path).resize((32, 32), Image.Resampling.BICUBIC),
+        )
+    assert run(tmp_path / "lr", "--hr", truth) == 0
+    with open(tmp_path / "out" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        "image",
+        "psnr",
+        "ssim",
+        "psnr_y",
+        "ssim_y",
+        "psnr_bicubic",
+        "ssim_bicubic",
+        "psnr_y_bicubic",
+        "ssim_y_bicubic",
+        "lr_psnr",
+    ]
+    assert [row["image"] for row in rows] == ["sub/00000", "sub/00001", "sub/00002"]
+    y = np.array([65.481, 128.553, 24.966]) / 255
+    for row in rows:
+        hr = np.array(Image.open(truth / f"{row['image']}.png"))
+        small = Image.open(tmp_path / "lr" / f"{row['image']}.bmp")
+        pictures = {
+            "": Image.open(tmp_path / "out" / f"{row['image']}.png"),
+            "_bicubic": small.resize((128, 128), Image.Resampling.BICUBIC),
+        }
+        for suffix, picture in pictures.items():
+            sr, tolerance = np.array(picture), 1e-4 if suffix == "" else 0.01
+            assert float(row["psnr" + suffix]) == pytest.approx(
+                peak_signal_noise_ratio(hr, sr), abs=tolerance
+            )
+            assert float(row["ssim" + suffix]) == pytest.approx(
+                structural_similarity(hr, sr, channel_axis=2), abs=tolerance
+            )
+            assert float(row["psnr_y" + suffix]) == pytest.approx(
+                peak_signal_noise_ratio(hr @ y, sr @ y, data_range=255), abs=tolerance
+            )
+            assert float(row["ssim_y" + suffix]) == pytest.approx(
+                structural_similarity(hr @ y, sr @ y, data_range=255), abs=tolerance
+            )
+        again = pictures[""].resize((32, 32), Image.Resampling.BICUBIC)
+        assert float(row["lr_psnr"]) == pytest.approx(
+            peak_signal_noise_ratio(np.array(small), np.array(again)), abs=0.2
+        )
+
+
+def test_simulate_reduces_first(run, tmp_path, faces):
+    whole = next(iter(find_images(faces)))
+    save(tmp_path / "odd.png", read_image(whole)[0][:127, :101])
+    save(tmp_path / "small.png", noise(3, 9))
+    assert run(whole, tmp_path / "odd.png", tmp_path / "small.png", "--simulate") == 1
+    assert read_image(tmp_path / "out" / "odd.png")[0].shape == (124, 100, 3)
+    assert results(tmp_path / "out") == {whole.name, "odd.png"}
+    with open(tmp_path / "out" / "metrics.csv", newline="") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == [whole.stem, "odd"]
+
+
+def test_ground_truth_that_does_not_fit_is_named(run, tmp_path, capsys):
+    for name in ("fits", "alone", "wrong"):
+        save(tmp_path / "lr" / f"{name}.png", noise(8, 8))
+    save(tmp_path / "hr" / "fits.jpg", noise(32, 32))
+    save(tmp_path / "hr" / "wrong.png", noise(32, 31))
+    assert run(tmp_path / "lr", "--hr", tmp_path / "hr") == 1
+    errors = capsys.readouterr().err
+    assert "alone.png" in errors and "31x32" in errors
+    assert results(tmp_path / "out") == {"fits.png", "alone.png", "wrong.png"}
+    with open(tmp_path / "out" / "metrics.csv", newline="") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == ["fits"]
+
+
+def test_batches_and_tiles_change_nothing(shipped, monkeypatch, faces):
+    """One at a time, together and in tiles: the same picture to one grey level."""
+    pictures = to_tensor([read_image(path)[0][:96, :112] for path in find_images(faces)[:3]])
+    whole = upscale(shipped, pictures)
+    single = torch.cat([upscale(shipped, picture[None]) for picture in pictures])
+    monkeypatch.setattr(inference, "TILE", 40)
+    tiled = upscale(shipped, pictures)
+    for other in (single, tiled):
+        assert ((whole - other).abs() * 255).max() < 1.01
+
+
+def test_large_picture_is_never_whole_in_the_network(tiny_checkpoint):
+    generator = load_checkpoint(tiny_checkpoint)[0].for_inference()
+    seen = []
+    generator.register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0].shape[2] * inputs[0].shape[3])
+    )
+    assert upscale(generator, torch.rand(1, 3, 300, 700)).shape == (1, 3, 1200, 2800)
+    assert max(seen) <= (inference.TILE + 2 * inference.OVERLAP) ** 2 and len(seen) == 6
+
+
+def test_many_sizes_in_any_order_all_arrive(run, tmp_path):
+    for i in range(23):
+        save(tmp_path / "in" / f"{i}.png", np.full((4 + i % 3, 4 + i % 2, 3), i * 10, np.uint8))
+    assert run(tmp_path / "in", "--batch-size", 4) == 0
+    for i in range(23):
+        sr = read_image(tmp_path / "out" / f"{i}.png")[0]
+        assert sr.shape == (16 + i % 3 * 4, 16 + i % 2 * 4, 3) and abs(sr.mean() - i * 10) < 8
+
+
+def test_usage_errors_are_one_sentence_and_status_2(run, tmp_path, capsys):
+    save(tmp_path / "a.png", noise(8, 8))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    calls = [
+        (tmp_path / "empty",),
+        (tmp_path / "absent.png",),
+        (tmp_path / "a.png", "--device", "cuda:99"),
+        (tmp_path / "a.png", "--device", "toaster"),
+        (tmp_path / "a.png", "--hr", tmp_path / "absent"),
+        (tmp_path / "a.png", "--checkpoint", tmp_path / "text.pth"),
+    ]
+    for call in calls:
+        assert inference.run([*map(str, call), "--output", str(tmp_path / "out")]) == 2, call
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1, call
+    for call in (
+        ["--hr", str(tmp_path)],
+        ["a.png", "--hr", "x", "--simulate"],
+        ["a.png", "--batch-size", "0"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            inference.run(call)
+        assert stop.value.code == 2
+
+
+def test_output_that_cannot_be_written_is_named(run, tmp_path, capsys):
+    save(tmp_path / "in" / "sub" / "a.png", noise(8, 8))
+    save(tmp_path / "in" / "b.png", noise(8, 8))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sub").write_text("a file where a folder is needed")
+    assert run(tmp_path / "in") == 1
+    assert "sub" in capsys.readouterr().err
+    assert results(tmp_path / "out") == {"b.png", "sub"}
+
+
+def test_the_script_itself_from_another_folder(tmp_path):
+    """A real process, from elsewhere: exit status, no traceback, nothing but one sentence."""
+    save(tmp_path / "a.png", noise(8, 8))
+    shutil.copy(tmp_path / "a.png", tmp_path / "b.png")
+    (tmp_path / "b.png").write_bytes(b"broken")
+    done = subprocess.run(
+        [sys.executable, ROOT / "inference.py", "a.png", "b.png", "--device", "cpu"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and (tmp_path / "results" / "a.png").exists()
+    assert "b.png" in done.stderr and "Traceback" not in done.stderr

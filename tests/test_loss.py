@@ -1,0 +1,134 @@
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from loss import (
+    GeneratorLoss,
+    LossError,
+    VGGFeatures,
+    adversarial_loss,
+    discriminator_loss,
+    luma,
+    psnr,
+    score,
+    total_variation,
+    vgg_distance,
+)
+from model import Discriminator, Generator
+
+
+@pytest.mark.parametrize("term", ["pixel", "vgg", "adversarial", "tv"])
+def test_every_term_moves_every_part_of_the_generator(term, vgg_file):
+    torch.manual_seed(0)
+    generator, discriminator = Generator(blocks=2, channels=8), Discriminator(channels=8)
+    features = VGGFeatures("conv2_2", vgg_file)
+    weights = dict(pixel=0.0, vgg=0.0, adversarial=0.0, tv=0.0) | {term: 1.0}
+    criterion = GeneratorLoss(**weights, features=features)
+    sr = generator(torch.rand(2, 3, 8, 8))
+    total, terms = criterion(sr, torch.rand(2, 3, 32, 32), discriminator(sr))
+    assert list(terms) == [term] and total.item() == pytest.approx(terms[term].item())
+    total.backward()
+    for name, parameter in generator.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+    assert all(parameter.grad is None for parameter in features.parameters())
+
+
+def test_total_is_the_weighted_sum(vgg_file):
+    torch.manual_seed(0)
+    sr, hr, logits = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), torch.tensor([1.0, -2.0])
+    criterion = GeneratorLoss(2, 0.5, 1e-3, 0.1, VGGFeatures("conv2_2", vgg_file))
+    total, terms = criterion(sr, hr, logits)
+    assert set(terms) == {"pixel", "vgg", "adversarial", "tv"}
+    expected = 2 * terms["pixel"] + 0.5 * terms["vgg"] + 1e-3 * terms["adversarial"] + 0.1 * terms["tv"]
+    assert total.item() == pytest.approx(expected.item())
+    assert terms["pixel"].item() == pytest.approx(((sr - hr) ** 2).mean().item())
+
+
+def test_adversarial_terms_are_cross_entropy_on_logits():
+    real, fake = torch.tensor([3.0, -1.0]), torch.tensor([-2.0, 0.5])
+    cross_entropy = F.binary_cross_entropy_with_logits
+    ones, zeros = torch.ones(2), torch.zeros(2)
+    assert torch.isclose(
+        discriminator_loss(real, fake), cross_entropy(real, ones) + cross_entropy(fake, zeros)
+    )
+    assert torch.isclose(adversarial_loss(fake), cross_entropy(fake, ones))
+
+
+def test_generator_keeps_its_gradient_under_a_winning_discriminator():
+    logits = torch.full((4,), -60.0, requires_grad=True)
+    adversarial_loss(logits).backward()
+    torch.testing.assert_close(logits.grad, torch.full((4,), -0.25))
+
+
+def test_vgg_distance_does_not_depend_on_the_scale_of_the_weights(vgg_file, tmp_path):
+    torch.manual_seed(0)
+    sr, hr = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    state = torch.load(vgg_file, weights_only=True)
+    for name in ("7.weight", "7.bias"):
+        state[name] = state[name] * 100
+    torch.save({f"features.{name}": value for name, value in state.items()}, tmp_path / "scaled.pth")
+    plain = vgg_distance(VGGFeatures("conv2_2", vgg_file), sr, hr)
+    scaled = vgg_distance(VGGFeatures("conv2_2", tmp_path / "scaled.pth"), sr, hr)
+    torch.testing.assert_close(plain, scaled)
+    assert plain > 0.01
+    assert vgg_distance(VGGFeatures("conv2_2", vgg_file), hr, hr) == 0
+
+
+def test_vgg_sees_imagenet_normalisation_and_ends_after_the_relu(vgg_file):
+    features = VGGFeatures("conv2_2", vgg_file)
+    seen = []
+    features.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    picture = torch.tensor([0.485, 0.456 + 0.224, 0.406]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    output = features(picture)
+    torch.testing.assert_close(seen[0][0, :, 0, 0], torch.tensor([0.0, 1.0, 0.0]))
+    assert output.shape == (1, 128, 4, 4) and output.min() == 0
+
+
+def test_unusable_vgg_weights_are_one_sentence(vgg_file, tmp_path, monkeypatch):
+    from torchvision.models import VGG19_Weights
+
+    def offline(self, *args, **kwargs):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(VGG19_Weights, "get_state_dict", offline)
+    (tmp_path / "text.pth").write_text("weights")
+    torch.save({"0.weight": 3}, tmp_path / "foreign.pth")
+    for layer, weights in [
+        ("conv5_4", None),
+        ("conv2_2", tmp_path / "text.pth"),
+        ("conv2_2", tmp_path / "no.pth"),
+        ("conv2_2", tmp_path / "foreign.pth"),
+        ("conv3_4", vgg_file),
+    ]:
+        with pytest.raises(LossError) as error:
+            VGGFeatures(layer, weights)
+        assert "\n" not in str(error.value)
+        assert "--vgg-weights" in str(error.value) or "--vgg-layer" in str(error.value)
+
+
+def test_total_variation():
+    stripes = torch.zeros(1, 1, 4, 4)
+    stripes[..., ::2] = 0.5
+    assert total_variation(stripes).item() == pytest.approx(0.5)
+
+
+def test_psnr_and_ssim_by_hand():
+    hr = np.random.default_rng(0).integers(10, 240, (16, 16, 3), dtype=np.uint8)
+    # A shift by one level is an MSE of 1: 20 log10(255); on luma 16 + 219/255 of it.
+    scores = score(hr + 1, hr)
+    assert scores["psnr"] == pytest.approx(48.1308, abs=1e-3)
+    assert scores["psnr_y"] == pytest.approx(48.1308 + 20 * np.log10(255 / 219), abs=1e-3)
+    assert 0.99 < scores["ssim"] < 1
+    assert score(hr, hr) == dict(psnr=100, ssim=1, psnr_y=100, ssim_y=1)
+    noise = np.random.default_rng(1).integers(0, 256, hr.shape, dtype=np.uint8)
+    assert score(noise, hr)["ssim"] < 0.2
+    assert psnr(np.zeros((2, 2), np.uint8), np.full((2, 2), 255, np.uint8)) == 0
+    assert np.isnan(score(hr[:4], hr[:4])["ssim"])  # below the 7x7 window
+
+
+def test_luma_is_bt601_studio_range():
+    colours = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 0, 255]]], np.uint8)
+    np.testing.assert_allclose(luma(colours), [[16, 235, 81.481, 40.966]])

@@ -1,0 +1,158 @@
+import errno
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from model import (
+    CheckpointError,
+    Discriminator,
+    Generator,
+    bicubic,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+
+
+def randomise_norms(network):
+    """Give batch norms statistics and weights as training leaves them, not 0 and 1."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight.data, module.bias.data):
+                tensor.normal_(0.5, 0.3)
+            module.running_var.uniform_(0.5, 2)
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (12, 7)])
+def test_generator_enlarges_any_size(scale, size):
+    generator = Generator(scale, blocks=1, channels=8).eval()
+    sr = generator(torch.rand(2, 3, *size))
+    assert sr.shape == (2, 3, size[0] * scale, size[1] * scale)
+    assert sr.isfinite().all()
+
+
+def test_generator_is_the_papers():
+    # Counted by hand from figure 4 (convolutions before a batch norm without bias): head, 16
+    # blocks, the 33rd convolution, two sub-pixel convolutions, tail.
+    block = 2 * (64 * 64 * 9 + 2 * 64) + 1
+    expected = (
+        (3 * 64 * 81 + 64 + 1)
+        + 16 * block
+        + (64 * 64 * 9 + 128)
+        + 2 * (64 * 256 * 9 + 256 + 1)
+        + (64 * 3 * 81 + 3)
+    )
+    generator = Generator(bicubic_residual=False)
+    assert sum(p.numel() for p in generator.parameters()) == expected
+    assert len(generator.body) == 16 + 2 and not generator.bicubic_residual
+
+
+def test_bicubic_residual_is_what_it_says():
+    torch.manual_seed(0)
+    plain, residual = (
+        Generator(blocks=1, channels=8, bicubic_residual=flag).eval() for flag in (False, True)
+    )
+    plain.load_state_dict(residual.state_dict())
+    lr = torch.rand(1, 3, 6, 5)
+    torch.testing.assert_close(residual(lr), plain(lr) + bicubic(lr, 4))
+
+
+def test_generator_does_not_clamp():
+    lr = torch.zeros(1, 3, 8, 8)
+    lr[..., 4:] = 1  # bicubic overshoots at a hard edge
+    sr = Generator(blocks=1, channels=8).eval()(lr)
+    assert sr.max() > 1 and sr.min() < 0
+
+
+def test_subpixel_convolution_starts_as_nearest_neighbour():
+    torch.manual_seed(0)
+    conv, shuffle = Generator(blocks=1, channels=8).upsample[:2]
+    cells = shuffle(conv(torch.randn(1, 8, 5, 5)))
+    torch.testing.assert_close(cells, cells[..., ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert cells[..., ::2, ::2].std() > 0.01
+
+
+def test_for_inference_changes_nothing_but_speed():
+    torch.manual_seed(0)
+    generator = Generator(blocks=2, channels=8)
+    randomise_norms(generator)
+    before = {name: value.clone() for name, value in generator.state_dict().items()}
+    lr = torch.rand(2, 3, 9, 11)
+    fast = generator.for_inference()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    torch.testing.assert_close(fast(lr), generator.eval()(lr), atol=1e-5, rtol=1e-5)
+    for name, value in generator.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("patch", [16, 24, 64, 96, 128])
+def test_discriminator_takes_any_patch_and_returns_logits(patch):
+    torch.manual_seed(0)
+    discriminator = Discriminator()
+    assert sum(p.numel() for p in discriminator.parameters()) < 15e6
+    logits = discriminator(torch.rand(2, 3, patch, patch))
+    assert logits.shape == (2,)
+    discriminator.classifier[-1].bias.data.fill_(7)  # a sigmoid at the end would hide this
+    assert (discriminator(torch.rand(2, 3, patch, patch)) > 2).all()
+
+
+def test_checkpoint_keeps_weights_architecture_and_facts(tmp_path):
+    generator = Generator(scale=2, blocks=1, channels=8, bicubic_residual=False)
+    randomise_norms(generator)
+    facts = {"step": 7, "metrics": {"psnr": 27.5}, "data": ["ffhq"]}
+    save_checkpoint(tmp_path / "a.pth", generator, facts)
+    loaded, read = load_checkpoint(tmp_path / "a.pth")
+    assert read == facts and loaded.architecture == generator.architecture and not loaded.training
+    lr = torch.rand(1, 3, 5, 5)
+    assert torch.equal(loaded(lr), generator.eval()(lr))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_bad_checkpoints_are_refused_in_one_sentence(tmp_path, tiny_checkpoint):
+    good = torch.load(tiny_checkpoint, weights_only=True)
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    (tmp_path / "cut.pth").write_bytes(tiny_checkpoint.read_bytes()[:-5000])
+    (tmp_path / "empty.pth").touch()
+    torch.save(Malicious(str(tmp_path / "owned")), tmp_path / "malicious.pth")
+    torch.save(Generator(blocks=1, channels=8).state_dict(), tmp_path / "bare.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name, change in {
+        "huge": {"blocks": 10**9},
+        "odd": {"scale": 3},
+        "word": {"channels": "many"},
+        "other": {"channels": 16},
+        "extra": {"code": 1},
+    }.items():
+        torch.save(good | {"architecture": good["architecture"] | change}, tmp_path / f"{name}.pth")
+    torch.save(good | {"weights": dict(list(good["weights"].items())[1:])}, tmp_path / "partial.pth")
+    paths = [*tmp_path.glob("*.pth"), tmp_path / "missing.pth", tmp_path]
+    assert len(paths) == 14
+    for path in paths:
+        with pytest.raises(CheckpointError) as error:
+            load_checkpoint(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "state.pth"
+    path.write_text("old")
+
+    def fill(file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError):
+        write_atomically(path, fill)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["state.pth"]

@@ -1,0 +1,409 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import train
+from data_loader import draw_faces
+from model import Generator, load_checkpoint, load_plain
+
+ROOT = Path(train.__file__).parent
+TINY = ["--blocks", "1", "--channels", "8", "--patch-size", "16", "--batch-size", "4", "--device", "cpu"]
+
+
+@pytest.fixture
+def flags(faces, vgg_file, tmp_path):
+    """Flags of a training that takes seconds, with every loss."""
+    return [
+        *TINY,
+        "--train-dir",
+        str(faces),
+        "--vgg-weights",
+        str(vgg_file),
+        "--vgg-layer",
+        "conv2_2",
+        "--output",
+        str(tmp_path / "out"),
+        "--tv-weight",
+        "1e-6",
+    ]
+
+
+@pytest.fixture
+def stage(flags, tmp_path):
+    """A function that sets up one stage of the tiny training."""
+
+    def setup(name, *more):
+        args = train.parse_arguments([*flags, *more])
+        args.output.mkdir(exist_ok=True)
+        features = train.VGGFeatures(args.vgg_layer, args.vgg_weights)
+        return train.Stage(name, args, torch.device("cpu"), features)
+
+    return setup
+
+
+def log_lines(folder):
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def assert_equal(a, b, name="state"):
+    """Compare nested states bit for bit."""
+    assert type(a) is type(b), name
+    if isinstance(a, dict):
+        assert list(a) == list(b), name
+        for key in a:
+            if key not in ("seconds", "output", "resume", "log_size"):
+                assert_equal(a[key], b[key], f"{name}.{key}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), name
+    else:
+        assert a == b, name
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def wait_for(process, condition):
+    for _ in range(1200):
+        if condition():
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    pytest.fail("it took over a minute")
+
+
+def test_killed_and_resumed_equals_uninterrupted(flags, tmp_path):
+    """SIGTERM in the first stage, kill -9 in the second, --resume each time: the same bits."""
+    rhythm = ["--pretrain-steps", "80", "--gan-steps", "80", "--val-every", "60", "--save-every", "7"]
+    train.run([*flags, *rhythm, "--output", str(tmp_path / "whole")])
+
+    parts = tmp_path / "parts"
+    state_file = parts / train.STATE
+
+    def reached(stage, step):
+        if not state_file.exists():
+            return False
+        state = load_plain(state_file)
+        return state["stage"] == stage and state["progress"]["step"] >= step
+
+    process = start(*flags, *rhythm, "--output", str(parts))
+    wait_for(process, lambda: reached("srresnet", 14))
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM and "--resume" in output and "Traceback" not in output
+    interrupted = load_plain(state_file)
+    assert interrupted["stage"] == "srresnet" and 14 <= interrupted["progress"]["step"] < 80
+
+    process = start("--resume", "--output", str(parts))
+    wait_for(process, lambda: reached("srgan", 14))
+    process.kill()
+    process.communicate()
+    assert load_plain(state_file)["progress"]["step"] < 80
+
+    train.run(["--resume", "--output", str(parts)])
+    assert_equal(load_plain(tmp_path / "whole" / train.STATE), load_plain(state_file))
+    for name in ("srresnet_x4.pth", "srgan_x4.pth"):
+        whole, resumed = (
+            torch.load(folder / name, weights_only=True) for folder in (tmp_path / "whole", parts)
+        )
+        assert_equal(whole["weights"], resumed["weights"])
+        assert whole["training"]["step"] == resumed["training"]["step"]
+    assert log_lines(tmp_path / "whole") == log_lines(parts)
+
+
+def test_training_learns(faces, tmp_path):
+    """A few seconds of SRResNet must beat bicubic on faces it has not seen; the log says so."""
+    draw_faces(tmp_path, 60)
+    train.run(
+        [
+            "--train-dir",
+            str(tmp_path),
+            "--output",
+            str(tmp_path / "out"),
+            "--blocks",
+            "2",
+            "--channels",
+            "16",
+            "--patch-size",
+            "32",
+            "--batch-size",
+            "8",
+            "--degradation",
+            "bicubic",
+            "--pretrain-steps",
+            "400",
+            "--gan-steps",
+            "0",
+            "--val-every",
+            "200",
+            "--vgg-weights",
+            "none",
+            "--device",
+            "cpu",
+            "--lr",
+            "2e-3",
+        ]
+    )
+    lines = log_lines(tmp_path / "out")
+    assert [line["step"] for line in lines] == [200, 400]
+    assert lines[-1]["psnr"] > lines[-1]["bicubic"]["psnr"] + 0.5
+    assert lines[1]["train"]["pixel"] < lines[0]["train"]["pixel"]
+    assert load_checkpoint(tmp_path / "out" / "srresnet_x4.pth")[1]["metrics"]["psnr"] == lines[-1]["psnr"]
+    assert not (tmp_path / "out" / "srgan_x4.pth").exists()
+
+
+def test_dry_run_proves_the_line_and_leaves_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    train.run(["--dry-run", "--device", "cpu"])
+    output = capsys.readouterr().out
+    assert "srresnet step 4" in output and "srgan step 4" in output
+    assert not list(tmp_path.iterdir())
+    train.run(["--dry-run", "--device", "cpu", "--scale", "8", "--output", str(tmp_path / "out")])
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert made == {"srresnet_x8.pth", "srgan_x8.pth", train.STATE, "log.jsonl", "curves.png", "samples"}
+    assert load_checkpoint(tmp_path / "out" / "srgan_x8.pth")[0].scale == 8
+    assert len(list((tmp_path / "out" / "samples").iterdir())) == 4
+
+
+def test_srgan_starts_from_srresnet_and_leaves_it_alone(flags, tmp_path):
+    out = tmp_path / "out"
+    train.run([*flags, "--pretrain-steps", "3", "--gan-steps", "0"])
+    before = (out / "srresnet_x4.pth").read_bytes()
+    train.run([*flags, "--pretrain-steps", "0", "--gan-steps", "1", "--gan-lr", "1e-9"])
+    assert (out / "srresnet_x4.pth").read_bytes() == before
+    srresnet, srgan = (load_checkpoint(out / f"{name}_x4.pth")[0] for name in ("srresnet", "srgan"))
+    for a, b in zip(srresnet.parameters(), srgan.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    facts = load_checkpoint(out / "srgan_x4.pth")[1]
+    assert facts["pretraining"]["stage"] == "srresnet" and facts["faces"] == 10
+    assert str(tmp_path) not in str(facts)  # where somebody's data lie is nobody's business
+
+
+def test_a_second_training_keeps_the_first_ones_files(flags, tmp_path):
+    out = tmp_path / "out"
+    for _ in range(3):
+        train.run([*flags, "--pretrain-steps", "1", "--gan-steps", "0"])
+    kept = {path.name for path in out.glob("*.pth")}
+    assert kept == {
+        f"{stem}{number}.pth" for stem in ("srresnet_x4", "training_state") for number in ("", ".1", ".2")
+    }
+
+
+def test_ema_moves_towards_the_generator_with_its_buffers():
+    torch.manual_seed(0)
+    generator, ema = Generator(blocks=1, channels=8), Generator(blocks=1, channels=8)
+    for tensor in generator.state_dict().values():
+        tensor.copy_(torch.full_like(tensor, 3))
+    for tensor in ema.state_dict().values():
+        tensor.copy_(torch.full_like(tensor, 1))
+    train.update_ema(ema, generator, step=10**6, decay=0.75)
+    for name, tensor in ema.state_dict().items():
+        expected = 1.5 if tensor.is_floating_point() else 3
+        assert torch.all(tensor == expected), name
+    train.update_ema(ema, generator, step=0)  # at first it follows quickly
+    assert all(torch.all(tensor > 2.8) for tensor in ema.state_dict().values())
+
+
+def test_what_is_validated_and_shipped_is_the_average(stage, tmp_path):
+    srresnet = stage("srresnet", "--pretrain-steps", "50")
+    for _ in range(5):
+        srresnet.train_step()
+    srresnet.validate()
+    weights = load_checkpoint(srresnet.checkpoint)[0].state_dict()
+    assert_equal(dict(weights), dict(srresnet.ema.state_dict()))
+    assert any(
+        not torch.equal(value, srresnet.generator.state_dict()[name]) for name, value in weights.items()
+    )
+
+
+def test_both_networks_learn_in_a_gan_step(stage):
+    srgan = stage("srgan")
+    before = {
+        name: {key: value.clone() for key, value in getattr(srgan, name).state_dict().items()}
+        for name in ("generator", "discriminator")
+    }
+    srgan.train_step()
+    for name, old in before.items():
+        network = getattr(srgan, name)
+        for key, parameter in network.named_parameters():
+            assert not torch.equal(parameter, old[key]), (name, key)
+            assert parameter.requires_grad
+    assert set(srgan.losses()) == {"pixel", "vgg", "adversarial", "tv", "discriminator", "d_real", "d_fake"}
+
+
+def test_discriminator_learns_to_tell_real_from_generated(stage):
+    """D(real) and D(fake) must part: in the closest peer both are 1.0 from the second epoch on."""
+    srgan = stage(
+        "srgan", "--gan-steps", "100000", "--gan-lr", "1e-3", "--vgg-weight", "0", "--patch-size", "32", "--batch-size", "8"
+    )
+    for _ in range(160):
+        srgan.train_step()
+    srgan.sums, srgan.count = {}, 0
+    for _ in range(20):
+        srgan.train_step()
+    losses = srgan.losses()
+    assert losses["d_real"] > losses["d_fake"] + 0.1
+    assert losses["discriminator"] < 1.25
+
+
+@pytest.mark.parametrize("name, kept", [("srresnet", 2), ("srgan", 3)])
+def test_the_best_is_kept_by_psnr_or_by_vgg_distance(stage, monkeypatch, name, kept):
+    run = stage(name)
+    scores = iter(
+        [
+            dict(psnr=25, ssim=0.7, vgg=0.4),
+            dict(psnr=27, ssim=0.7, vgg=0.3),
+            dict(psnr=26, ssim=0.7, vgg=0.1),
+            dict(psnr=24, ssim=0.7, vgg=0.2),
+        ]
+    )
+    real_sheet = train.validate(lambda lr: torch.rand(len(lr), 3, 128, 128), run.val_faces, 4, run.device)[1]
+    monkeypatch.setattr(train, "validate", lambda *args: (next(scores), real_sheet))
+    for _ in range(4):
+        run.train_step()
+        run.validate()
+    assert load_checkpoint(run.checkpoint)[1]["step"] == kept
+
+
+def test_a_saturated_discriminator_is_reported(stage, capsys):
+    srgan = stage("srgan")
+    srgan.train_step()
+    srgan.validate()
+    assert "warning" not in capsys.readouterr().out
+    srgan.train_step()
+    srgan.sums |= {"d_real": torch.tensor(0.999), "d_fake": torch.tensor(0.001)}
+    srgan.validate()
+    assert "warning: the discriminator is saturated" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(flags, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        train.run([*flags, "--pretrain-steps", "200", "--lr", "1e30", "--save-every", "1"])
+    assert "loss is not finite at step" in str(stop.value) and "\n" not in str(stop.value)
+    state = load_plain(tmp_path / "out" / train.STATE)
+    assert all(tensor.isfinite().all() for tensor in state["parts"]["generator"].values())
+
+
+def test_full_disk_keeps_the_last_state(flags, tmp_path, monkeypatch):
+    real_save, calls = torch.save, []
+
+    def save(content, file):
+        calls.append(1)
+        if len(calls) > 2:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_save(content, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(SystemExit) as stop:
+        train.run([*flags, "--pretrain-steps", "30", "--gan-steps", "0", "--save-every", "5"])
+    assert "No space left" in str(stop.value)
+    assert load_plain(tmp_path / "out" / train.STATE)["progress"]["step"] == 5
+    assert not list((tmp_path / "out").glob("*.tmp")) and not list((tmp_path / "out").glob(".*.tmp"))
+
+
+def gloo_worker(rank, folder, argv, queue):
+    os.environ["WORLD_SIZE"] = "2"
+    torch.set_num_threads(1)
+    train.dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    stage = train.Stage("srgan", train.parse_arguments(argv), torch.device("cpu"))
+    for _ in range(3):
+        stage.train_step()
+    queue.put(
+        (
+            rank,
+            {
+                name: {key: value.detach().numpy() for key, value in getattr(stage, name).named_parameters()}
+                for name in ("generator", "discriminator")
+            },
+        )
+    )
+    train.dist.barrier()
+    train.dist.destroy_process_group()
+
+
+def test_two_processes_train_one_network(flags, tmp_path):
+    """Different halves of the batch, one average gradient: the weights stay equal on both."""
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = mp.start_processes(
+        gloo_worker, (str(tmp_path), [*flags, "--vgg-weights", "none"], queue), nprocs=2, join=False
+    )
+    weights = dict(queue.get() for _ in range(2))
+    while not processes.join():
+        pass
+    for name in ("generator", "discriminator"):
+        for key, value in weights[0][name].items():
+            assert (value == weights[1][name][key]).all(), (name, key)
+
+
+def test_torchrun(flags, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            ROOT / "train.py",
+            *flags,
+            "--pretrain-steps",
+            "12",
+            "--gan-steps",
+            "3",
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = log_lines(tmp_path / "out")
+    assert [(line["stage"], line["step"]) for line in lines] == [("srresnet", 12), ("srgan", 3)]
+    assert done.stdout.count("srresnet step 12") == 1 and "2 processes" in done.stdout
+    assert load_plain(tmp_path / "out" / train.STATE)["stage"] == "srgan"
+
+
+def test_users_mistakes_are_one_sentence(flags, faces, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    train.run([*flags, "--pretrain-steps", "1", "--gan-steps", "0"])
+    out = str(tmp_path / "out")
+    calls = [
+        [],
+        ["--train-dir", str(tmp_path / "empty"), "--output", str(tmp_path / "e")],
+        [*flags, "--patch-size", "18"],
+        [*flags, "--patch-size", "256"],
+        [*flags, "--batch-size", "0"],
+        [*flags, "--lr", "-1"],
+        [*flags, "--pretrain-steps", "0", "--gan-steps", "0"],
+        [*flags, "--device", "cuda:99"],
+        [*flags, "--vgg-weights", str(tmp_path / "absent.pth")],
+        [*flags, "--vgg-layer", "conv5_4"],
+        ["--resume", "--output", str(tmp_path / "empty")],
+        ["--resume", "--output", out, "--blocks", "3"],
+        [*flags, "--pretrain-steps", "0", "--blocks", "2"],
+    ]
+    capsys.readouterr()
+    for call in calls:
+        with pytest.raises(SystemExit) as stop:
+            train.run(call)
+        error = capsys.readouterr().err.strip()
+        sentence = stop.value.code if isinstance(stop.value.code, str) else error.splitlines()[-1]
+        assert stop.value.code and "train.py: " in sentence and "Traceback" not in error, call
