@@ -68,10 +68,11 @@ def upscale(generator, lr):
 def plot_comparison(path, rows):
     """Draw a grid of pictures: one row each, a dict from caption to (H, W, 3) uint8."""
     from matplotlib.figure import Figure                # slow to import, not always needed
-    columns = max(map(len, rows))
-    figure = Figure(figsize=(2.6 * columns, 3.1 * len(rows)))
+    cell, caption_height, columns = 2.6, 0.42, max(map(len, rows))      # inches
+    height = len(rows) * (cell + caption_height)
+    figure = Figure(figsize=(cell * columns, height))
     grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=dict(
-        left=0.005, right=0.995, bottom=0.005, top=1 - 0.45 / (3.1 * len(rows)), wspace=0.02, hspace=0.2))
+        left=0, right=1, bottom=0, top=1 - caption_height / height, wspace=0.03, hspace=caption_height / cell))
     for axes, row in zip(grid, rows):
         for axis in axes:
             axis.set_axis_off()
@@ -244,7 +245,7 @@ def compare(picture, sr, scale):
     """Compare a result with bicubic and, where it is known, the ground truth: (its row for
     `plot_comparison`, its line of metrics.csv or {})."""
     enlarged = to_uint8(bicubic(to_tensor([picture.lr]), scale))[0]
-    captions = [f"{picture.name}\n{picture.lr.shape[1]}x{picture.lr.shape[0]}", "bicubic\n", "ours\n"]
+    captions = [f"{picture.name}\nLR {picture.lr.shape[1]}x{picture.lr.shape[0]}", "bicubic\n", "ours\n"]
     if picture.hr is None:
         return dict(zip(captions, (picture.lr, enlarged, sr))), {}
     ours, baseline = score(sr, picture.hr), score(enlarged, picture.hr)
@@ -324,21 +325,20 @@ def report(scores, path):
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(prog="inference.py", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog="inference.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="files and folders (recursively); without, a few "
         "sample faces")
-    add("--output", type=Path, default=Path("results"), metavar="DIR", help="folder for the results")
+    add("--output", type=Path, default=Path("results"), metavar="DIR", help="folder for the results [%(default)s]")
     truth = parser.add_mutually_exclusive_group()
     truth.add_argument("--hr", type=Path, metavar="DIR", help="ground truth with the same relative stems: "
                        "score against it")
     truth.add_argument("--simulate", action="store_true", help="the inputs are HR: reduce them first")
     add("--kernel", default="bicubic", choices=list(KERNELS), help="how --simulate reduces; all scores "
-        "are quoted for bicubic")
-    add("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE", help="trained generator")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--batch-size", type=int, default=16, help="pictures of one size at a time")
+        "are quoted for bicubic [%(default)s]")
+    add("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE", help="trained generator [the shipped SRGAN]")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
+    add("--batch-size", type=int, default=16, help="pictures of one size at a time [%(default)s]")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error("--batch-size must be at least 1")

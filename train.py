@@ -94,7 +94,7 @@ def plot_curves(log, path):
     from matplotlib.figure import Figure
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     figure = Figure(figsize=(12, 8))
-    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.07, top=0.95, hspace=0.3)
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.07, top=0.95, hspace=0.3)
     panels = dict(zip(("validation PSNR, dB", "validation VGG distance", "training losses, unweighted",
                        "mean D(real) and D(fake)"), figure.subplots(2, 2).flat))
     psnr, vgg, losses, outputs = panels.values()
@@ -413,8 +413,7 @@ def run_stage(stage, stop):
 
 def parse_arguments(argv=None):
     """Read the flags. With --resume, those of the interrupted training are the defaults."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument_group("data and output").add_argument
     add("--train-dir", nargs="+", metavar="DIR", help="folders of faces to train on")
     add("--gan-train-dir", nargs="+", metavar="DIR", help="folders for SRGAN, whose discriminator "
@@ -426,36 +425,36 @@ def parse_arguments(argv=None):
     add("--dry-run", action="store_true", help="prove the whole line on generated faces, in seconds")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="auto: bfloat16, else float16, on CUDA, float32 on a CPU; bfloat16 is faster on CPUs "
-        "with AVX512-BF16 or AMX")
-    add("--val-every", type=int, default=500, metavar="STEPS", help="validate and save the state")
-    add("--save-every", type=int, default=200, metavar="STEPS", help="save the state")
+        "with AVX512-BF16 or AMX [%(default)s]")
+    add("--val-every", type=int, default=500, metavar="STEPS", help="validate and save the state [%(default)s]")
+    add("--save-every", type=int, default=200, metavar="STEPS", help="save the state [%(default)s]")
 
     add = parser.add_argument_group("networks").add_argument
-    add("--scale", type=int, default=4, choices=[2, 4, 8], help="enlargement")
-    add("--blocks", type=int, default=16, help="residual blocks")
-    add("--channels", type=int, default=64, help="feature channels of both networks")
+    add("--scale", type=int, default=4, choices=[2, 4, 8], help="enlargement [%(default)s]")
+    add("--blocks", type=int, default=16, help="residual blocks [%(default)s]")
+    add("--channels", type=int, default=64, help="feature channels of both networks [%(default)s]")
     add("--no-bicubic-residual", action="store_true", help="the paper's network: without the addition of "
         "the bicubically enlarged input")
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--pretrain-steps", type=int, default=9000, metavar="N", help="steps of SRResNet, or 0")
-    add("--gan-steps", type=int, default=2000, metavar="N", help="steps of SRGAN, or 0")
-    add("--batch-size", type=int, default=16, help="patches per step, of all processes together")
-    add("--patch-size", type=int, default=64, help="HR pixels: a multiple of the scale, 16 to 128")
-    add("--degradation", default="mixed", choices=["bicubic", "mixed"], help="how LR is made")
-    add("--lr", type=float, default=5e-4, help="learning rate of SRResNet (Adam, cosine to a hundredth)")
-    add("--gan-lr", type=float, default=1e-4, help="learning rate of both networks of SRGAN")
-    add("--pixel-weight", type=float, default=1.0, help="of the mean squared error in SRGAN")
-    add("--vgg-weight", type=float, default=0.01, help="of the relative VGG distance in SRGAN")
-    add("--adversarial-weight", type=float, default=1e-3, help="of the adversarial loss in SRGAN")
-    add("--tv-weight", type=float, default=0.0, help="of the total variation, in both stages")
-    add("--vgg-layer", default="conv5_4", choices=list(VGG_LAYERS), help="features of the VGG distance")
+    add("--pretrain-steps", type=int, default=9000, metavar="N", help="steps of SRResNet, or 0 [%(default)s]")
+    add("--gan-steps", type=int, default=2000, metavar="N", help="steps of SRGAN, or 0 [%(default)s]")
+    add("--batch-size", type=int, default=16, help="patches per step, of all processes together [%(default)s]")
+    add("--patch-size", type=int, default=64, help="HR pixels: a multiple of the scale, 16 to 128 [%(default)s]")
+    add("--degradation", default="mixed", choices=["bicubic", "mixed"], help="how LR is made [%(default)s]")
+    add("--lr", type=float, default=5e-4, help="learning rate of SRResNet (Adam, cosine to a hundredth) [%(default)s]")
+    add("--gan-lr", type=float, default=1e-4, help="learning rate of both networks of SRGAN [%(default)s]")
+    add("--pixel-weight", type=float, default=1.0, help="of the mean squared error in SRGAN [%(default)s]")
+    add("--vgg-weight", type=float, default=0.01, help="of the relative VGG distance in SRGAN [%(default)s]")
+    add("--adversarial-weight", type=float, default=1e-3, help="of the adversarial loss in SRGAN [%(default)s]")
+    add("--tv-weight", type=float, default=0.0, help="of the total variation, in both stages [%(default)s]")
+    add("--vgg-layer", default="conv5_4", choices=list(VGG_LAYERS), help="features of the VGG distance [%(default)s]")
     add("--vgg-weights", metavar="FILE", help="VGG19 state dict (default: torchvision's, downloaded "
         "once; none: train without the VGG term)")
-    add("--seed", type=int, default=0, help="of the weights and the batches")
+    add("--seed", type=int, default=0, help="of the weights and the batches [%(default)s]")
 
     args = parser.parse_args(argv)
     stored = {}
