@@ -267,9 +267,10 @@ def degrade(hr, scale, rng):
 
 
 def jpeg(picture, quality):
-    """Pass an (H, W, 3) uint8 picture through JPEG (4:2:0) of a quality from 1 to 100."""
-    data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, int(quality)])[1]
-    return cv2.imdecode(data, cv2.IMREAD_COLOR)
+    """Pass an (H, W, 3) uint8 RGB picture through JPEG (4:2:0) of a quality from 1 to 100."""
+    data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR),
+                        [cv2.IMWRITE_JPEG_QUALITY, int(quality)])[1]
+    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
 class FaceBatches:

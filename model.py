@@ -99,7 +99,7 @@ class Generator(nn.Module):
         for module in list(net.modules()):
             if isinstance(module, nn.Sequential):
                 for i, (conv, norm) in enumerate(zip(list(module), list(module)[1:])):
-                    if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
                         module[i], module[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
         return net.to(memory_format=torch.channels_last)
 

@@ -309,7 +309,7 @@ class Stage:
         for name, value in state["progress"].items():
             setattr(self, name, value)
         if self.main_process and self.log.exists():     # lines of steps that will be taken again
-            os.truncate(self.log, state["log_size"])
+            os.truncate(self.log, min(state["log_size"], self.log.stat().st_size))
 
 
 def plain(args):
@@ -356,7 +356,6 @@ def main(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     main_process = not dist.is_initialized() or dist.get_rank() == 0
     torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
     if main_process:
         print(f"device: {device_name(device)}, {world} process{'es' * (world > 1)}, "
               f"{str(select_dtype(args.precision, device)).removeprefix('torch.')}", flush=True)
@@ -381,6 +380,8 @@ def main(args):
                 elif main_process:
                     stage.save()        # so that even the first steps can be resumed
                 run_stage(stage, stop)
+                if dist.is_initialized():
+                    dist.barrier()      # the next stage reads what this one's main process writes
     if main_process:
         print(f"done: {args.output}")
 

@@ -12,6 +12,7 @@ from data_loader import (
     downscale,
     draw_faces,
     find_images,
+    jpeg,
     load_faces,
     read_image,
     resize,
@@ -247,6 +248,15 @@ def test_mixed_degradation_draws_many_kinds_and_stays_aligned():
     # None of them moves the picture or shifts its colours.
     assert (lr - downscale(picture, 4)).mean((2, 3)).abs().max() < 0.02
     assert torch.equal(degrade(picture, 4, np.random.default_rng(0)), lr)
+
+
+def test_jpeg_is_pillows(tmp_path):
+    picture = np.kron(np.random.default_rng(0).integers(0, 256, (8, 8, 3)), np.ones((6, 6, 1)))
+    picture = picture.astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a.jpg", quality=50)
+    theirs = np.array(Image.open(tmp_path / "a.jpg"))
+    assert np.abs(jpeg(picture, 50).astype(int) - theirs).mean() < 1.5
+    assert np.abs(theirs.astype(int) - picture).mean() > 4
 
 
 def test_resize_enlarges_like_pillow(faces):
