@@ -441,7 +441,7 @@ def parse_arguments(argv=None):
         "the bicubically enlarged input")
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--pretrain-steps", type=int, default=9000, metavar="N", help="steps of SRResNet, or 0 [%(default)s]")
+    add("--pretrain-steps", type=int, default=11000, metavar="N", help="steps of SRResNet, or 0 [%(default)s]")
     add("--gan-steps", type=int, default=2000, metavar="N", help="steps of SRGAN, or 0 [%(default)s]")
     add("--batch-size", type=int, default=16, help="patches per step, of all processes together [%(default)s]")
     add("--patch-size", type=int, default=64, help="HR pixels: a multiple of the scale, 16 to 128 [%(default)s]")
@@ -449,7 +449,7 @@ def parse_arguments(argv=None):
     add("--lr", type=float, default=5e-4, help="learning rate of SRResNet (Adam, cosine to a hundredth) [%(default)s]")
     add("--gan-lr", type=float, default=1e-4, help="learning rate of both networks of SRGAN [%(default)s]")
     add("--pixel-weight", type=float, default=1.0, help="of the mean squared error in SRGAN [%(default)s]")
-    add("--vgg-weight", type=float, default=0.01, help="of the relative VGG distance in SRGAN [%(default)s]")
+    add("--vgg-weight", type=float, default=0.02, help="of the relative VGG distance in SRGAN [%(default)s]")
     add("--adversarial-weight", type=float, default=1e-3, help="of the adversarial loss in SRGAN [%(default)s]")
     add("--tv-weight", type=float, default=0.0, help="of the total variation, in both stages [%(default)s]")
     add("--vgg-layer", default="conv5_4", choices=list(VGG_LAYERS), help="features of the VGG distance [%(default)s]")
