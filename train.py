@@ -442,7 +442,7 @@ def parse_arguments(argv=None):
 
     add = parser.add_argument_group("recipe").add_argument
     add("--pretrain-steps", type=int, default=11000, metavar="N", help="steps of SRResNet, or 0 [%(default)s]")
-    add("--gan-steps", type=int, default=2000, metavar="N", help="steps of SRGAN, or 0 [%(default)s]")
+    add("--gan-steps", type=int, default=1900, metavar="N", help="steps of SRGAN, or 0 [%(default)s]")
     add("--batch-size", type=int, default=16, help="patches per step, of all processes together [%(default)s]")
     add("--patch-size", type=int, default=64, help="HR pixels: a multiple of the scale, 16 to 128 [%(default)s]")
     add("--degradation", default="mixed", choices=["bicubic", "mixed"], help="how LR is made [%(default)s]")
