@@ -341,9 +341,9 @@ def parse_arguments(argv=None):
     add("--batch-size", type=int, default=16, help="pictures of one size at a time [%(default)s]")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
-        parser.error("--batch-size must be at least 1")
+        raise UsageError("--batch-size must be at least 1")
     if args.hr and not args.inputs:
-        parser.error("--hr needs INPUT")
+        raise UsageError("--hr needs INPUT")
     return args
 
 

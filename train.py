@@ -471,18 +471,18 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     for name in ("scale", "blocks", "channels", "no_bicubic_residual") if stored else ():
         if getattr(args, name) != stored[name]:
-            parser.error(f"--{name.replace('_', '-')} is {stored[name]} in the training to resume")
+            raise TrainingError(f"--{name.replace('_', '-')} is {stored[name]} in the training to resume")
     if not (args.train_dir or args.dry_run):
-        parser.error("--train-dir is needed: one or more folders of faces")
+        raise TrainingError("--train-dir is needed: one or more folders of faces")
     for name in ("val_every", "save_every", "blocks", "channels", "batch_size", "lr", "gan_lr"):
         if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
+            raise TrainingError(f"--{name.replace('_', '-')} must be above 0")
     if min(args.pretrain_steps, args.gan_steps) < 0 or not args.pretrain_steps + args.gan_steps:
-        parser.error("--pretrain-steps and --gan-steps must not be negative, nor both 0")
+        raise TrainingError("--pretrain-steps and --gan-steps must not be negative, nor both 0")
     if args.patch_size % args.scale or not 16 <= args.patch_size <= FACE_SIZE:
-        parser.error(f"--patch-size must be a multiple of {args.scale} from 16 to {FACE_SIZE}")
+        raise TrainingError(f"--patch-size must be a multiple of {args.scale} from 16 to {FACE_SIZE}")
     if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
-        parser.error("--batch-size must be a multiple of the number of processes")
+        raise TrainingError("--batch-size must be a multiple of the number of processes")
     return args
 
 

@@ -306,18 +306,12 @@ def test_usage_errors_are_one_sentence_and_status_2(run, tmp_path, capsys):
         (tmp_path / "a.png", "--device", "toaster"),
         (tmp_path / "a.png", "--hr", tmp_path / "absent"),
         (tmp_path / "a.png", "--checkpoint", tmp_path / "text.pth"),
+        (tmp_path / "a.png", "--batch-size", 0),
+        ("--hr", tmp_path),
     ]
     for call in calls:
         assert inference.run([*map(str, call), "--output", str(tmp_path / "out")]) == 2, call
         assert len(capsys.readouterr().err.strip().splitlines()) == 1, call
-    for call in (
-        ["--hr", str(tmp_path)],
-        ["a.png", "--hr", "x", "--simulate"],
-        ["a.png", "--batch-size", "0"],
-    ):
-        with pytest.raises(SystemExit) as stop:
-            inference.run(call)
-        assert stop.value.code == 2
 
 
 def test_output_that_cannot_be_written_is_named(run, tmp_path, capsys):
