@@ -40,7 +40,8 @@ from model import (CheckpointError, DeviceError, Discriminator, Generator, bicub
 
 STAGES = ("srresnet", "srgan")
 STATE = "training_state.pth"
-PRIVATE = ("train_dir", "gan_train_dir", "val_dir", "output", "vgg_weights")   # paths stay here
+# Flags that a checkpoint does not tell: where somebody's files lie, and how the script was called.
+PRIVATE = ("train_dir", "gan_train_dir", "val_dir", "output", "vgg_weights", "resume", "dry_run")
 VAL_FACES = 100     # validated on, spread over the validation set
 LOG_EVERY = 10      # steps between looks at the losses; each look waits for the GPU
 
