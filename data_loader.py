@@ -200,6 +200,11 @@ def quantise(batch):
     return batch.mul(255).round_().clamp_(0, 255).div_(255)
 
 
+def _levels(values):
+    """Round and clip values to the levels 0 to 255, halves upwards as Pillow and OpenCV do."""
+    return (values + 0.5).floor_().clamp_(0, 255)
+
+
 @functools.lru_cache(maxsize=256)
 def _resize_matrix(size, new_size, kernel, device):
     """The library's own weights for resizing `size` samples to `new_size`: it resizes the
@@ -212,18 +217,39 @@ def _resize_matrix(size, new_size, kernel, device):
     return torch.tensor(weights, device=device)                     # (size, new_size)
 
 
-def resize(batch, height, width, kernel="bicubic"):
-    """Resize (N, 3, H, W) float in [0, 1] with one of KERNELS, to 8-bit levels in [0, 1]: width
-    first, then height. Within one grey level of the library's own result."""
-    def to_levels(values):
-        return (values + 0.5).floor().clamp(0, 255)
+@functools.lru_cache(maxsize=4096)
+def _crop_matrix(start, cut, size, flip, device):
+    """Weights for taking `cut` of a face's samples from `start` on and resizing them to `size`."""
+    matrix = torch.zeros(FACE_SIZE, size)
+    matrix[start:start + cut] = _resize_matrix(cut, size, "bicubic", torch.device("cpu"))
+    return (matrix.flip(1) if flip else matrix).to(device)          # (128, size)
 
+
+@functools.lru_cache(maxsize=256)
+def _blur_matrix(size, sigma, device):
+    """Weights for a Gaussian blur of `size` samples; sigma 0 leaves them as they are."""
+    kernel = cv2.getGaussianKernel(2 * round(3 * sigma) + 1, sigma or 1)
+    identity = np.eye(size, dtype=np.float32)
+    return torch.tensor(cv2.sepFilter2D(identity, -1, kernel, np.ones(1)), device=device)   # (size, size)
+
+
+def _resample(levels, columns, rows, round_between):
+    """Apply matrices of weights to the width, then to the height, of (N, 3, H, W) levels. Pillow
+    rounds and clips between its passes too: `round_between`, a bool or one per picture."""
+    levels = levels @ columns
+    if isinstance(round_between, torch.Tensor):
+        levels = torch.where(round_between, _levels(levels), levels)
+    elif round_between:
+        levels = _levels(levels)
+    return _levels((levels.mT @ rows).mT)
+
+
+def resize(batch, height, width, kernel="bicubic"):
+    """Resize (N, 3, H, W) float in [0, 1] with one of KERNELS, to 8-bit levels in [0, 1]. Within one
+    grey level of the library's own result."""
     columns = _resize_matrix(batch.shape[-1], width, kernel, batch.device)
     rows = _resize_matrix(batch.shape[-2], height, kernel, batch.device)
-    levels = batch * 255 @ columns
-    if not kernel.startswith("cv2-"):
-        levels = to_levels(levels)          # Pillow rounds and clips between its passes too
-    return to_levels((levels.mT @ rows).mT) / 255
+    return _resample(batch * 255, columns, rows, not kernel.startswith("cv2-")) / 255
 
 
 def downscale(hr, scale, kernel="bicubic"):
@@ -232,37 +258,38 @@ def downscale(hr, scale, kernel="bicubic"):
     return resize(hr, hr.shape[-2] // scale, hr.shape[-1] // scale, kernel)
 
 
-def degrade(hr, scale, rng):
+def degrade(hr, scale, rng, rank=0, world=1):
     """Make low-resolution pictures as the world does: a kernel per picture, and for three in ten a
     slight blur before, or noise or JPEG after the reduction.
 
-    hr is (N, 3, sH, sW) in [0, 1], `rng` a numpy Generator; returns (N, 3, H, W), 8-bit levels.
+    hr is (N, 3, sS, sS) in [0, 1], `rng` a numpy Generator; returns (N, 3, S, S), 8-bit levels. Where
+    `world` processes share a batch, hr holds its pictures rank, rank + world, ...: each process draws for
+    all, and takes its own.
     """
-    kernels = rng.choice(list(KERNELS), len(hr), p=[0.3, 0.1, 0.1, 0.1, 0.3, 0.1])
-    damages = rng.choice(["none", "blur", "noise", "jpeg"], len(hr), p=[0.7, 0.1, 0.1, 0.1])
+    size, device, total = hr.shape[-1], hr.device, len(hr) * world
+    small = size // scale
+    kernels, damages, sigmas, qualities, deviations, noise = (values[rank::world] for values in (
+        rng.choice(list(KERNELS), total, p=[0.3, 0.1, 0.1, 0.1, 0.3, 0.1]),
+        rng.choice(["none", "blur", "noise", "jpeg"], total, p=[0.7, 0.1, 0.1, 0.1]),
+        rng.choice(np.linspace(0.4, 1.6, 7), total),                # of the blur, in HR pixels
+        rng.integers(50, 96, total), rng.uniform(1, 6, total) / 255,
+        rng.standard_normal((total, 3, small, small), dtype=np.float32)))
 
-    def where(choices, name):
-        return torch.from_numpy(np.flatnonzero(choices == name)).to(hr.device)
-
-    def each(batch, function):      # OpenCV works on one 8-bit picture at a time
-        return to_tensor([function(picture) for picture in to_uint8(batch)]).to(batch.device)
-
-    blurred, noisy, coded = (where(damages, name) for name in ("blur", "noise", "jpeg"))
-    if len(blurred):
-        hr = hr.clone()
-        hr[blurred] = each(hr[blurred], lambda picture: cv2.GaussianBlur(
-            picture, (0, 0), rng.uniform(0.4, 1.6)))        # sigma in HR pixels
-    lr = hr.new_empty(len(hr), 3, hr.shape[2] // scale, hr.shape[3] // scale)
-    for name in KERNELS:
-        chosen = where(kernels, name)
-        if len(chosen):
-            lr[chosen] = downscale(hr[chosen], scale, name)
+    levels = hr * 255
+    if "blur" in damages:
+        blur = torch.stack([_blur_matrix(size, sigma if damage == "blur" else 0.0, device)
+                            for sigma, damage in zip(sigmas, damages)])[:, None]
+        levels = _resample(levels, blur, blur, False)
+    reduction = torch.stack([_resize_matrix(size, small, kernel, device) for kernel in kernels])[:, None]
+    pillow = torch.tensor([not kernel.startswith("cv2-") for kernel in kernels], device=device)
+    lr = _resample(levels, reduction, reduction, pillow[:, None, None, None]) / 255
+    noisy, coded = (np.flatnonzero(damages == name) for name in ("noise", "jpeg"))
     if len(noisy):
-        levels = rng.uniform(1, 6, (len(noisy), 1, 1, 1)) / 255     # standard deviation
-        noise = rng.standard_normal((len(noisy), *lr.shape[1:])) * levels
-        lr[noisy] = quantise(lr[noisy] + torch.from_numpy(noise).to(lr))
-    if len(coded):
-        lr[coded] = each(lr[coded], lambda picture: jpeg(picture, rng.integers(50, 96)))
+        added = torch.from_numpy(noise[noisy] * deviations[noisy, None, None, None].astype(np.float32))
+        lr[noisy] = quantise(lr[noisy] + added.to(device))
+    if len(coded):      # OpenCV codes one picture at a time, on the CPU
+        pictures = zip(to_uint8(lr[coded]), qualities[coded])
+        lr[coded] = to_tensor([jpeg(picture, quality) for picture, quality in pictures]).to(device)
     return lr
 
 
@@ -273,6 +300,8 @@ def jpeg(picture, quality):
     return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
+# Batches ----------------------------------------------------------------------------------------
+
 class FaceBatches:
     """Training batches as a function of the step: the same step gives the same batch, always.
 
@@ -280,21 +309,22 @@ class FaceBatches:
     batch without talking: process `rank` of `world` makes pictures rank, rank + world, ... of it.
 
     Args:
-        faces: (N, 3, 128, 128) uint8; batches are made on its device.
+        faces: (N, 3, 128, 128) uint8, on `device` or on the CPU.
         batch_size: pictures in the batch of all processes together.
         patch_size: height and width of the HR patches, a multiple of the scale, at most 128.
         degradation: "bicubic" (downscale alone) or "mixed" (degrade).
         min_zoom: patches are reduced by a random factor between this and 1, so that faces of
             several sizes are seen.
+        device: where batches are made; default: where the faces are.
     """
 
     def __init__(self, faces, batch_size=16, patch_size=64, scale=4, degradation="mixed",
-                 min_zoom=0.7, seed=0, rank=0, world=1):
+                 min_zoom=0.7, seed=0, rank=0, world=1, device=None):
         self.faces, self.batch_size, self.patch_size, self.scale = faces, batch_size, patch_size, scale
         self.degradation, self.seed, self.rank, self.world = degradation, seed, rank, world
-        largest = min(FACE_SIZE, round(patch_size / min_zoom))
-        # A few sizes to cut, so that patches of one size are resized together.
-        self.cuts = np.unique(np.linspace(patch_size, largest, 5).round().astype(int))
+        self.device = device or faces.device
+        # A few sizes to cut, so that their matrices of weights are made once.
+        self.cuts = np.linspace(patch_size, min(FACE_SIZE, round(patch_size / min_zoom)), 5).round().astype(int)
         self.epoch, self.order = -1, None
 
     def _index(self, position):
@@ -315,19 +345,50 @@ class FaceBatches:
         corners = (rng.random((self.batch_size, 2)) * (FACE_SIZE - cuts[:, None] + 1)).astype(int)
         flips = rng.random(self.batch_size) < 0.5
 
-        mine = range(self.rank, self.batch_size, self.world)
-        hr = torch.empty(len(mine), 3, self.patch_size, self.patch_size, device=self.faces.device)
-        for cut in np.unique(cuts[mine]):
-            places = [place for place, i in enumerate(mine) if cuts[i] == cut]
-            patches = []
-            for i in (mine[place] for place in places):
-                top, left = corners[i]
-                patch = self.faces[index[i], :, top:top + cut, left:left + cut]
-                patches.append(patch.flip(-1) if flips[i] else patch)
-            patches = torch.stack(patches).float() / 255
-            hr[places] = resize(patches, self.patch_size, self.patch_size)
+        mine = slice(self.rank, None, self.world)
+        faces = self.faces[torch.tensor(index[mine], device=self.faces.device)]
+        if faces.device != self.device:     # the faces did not fit there
+            faces = faces.pin_memory().to(self.device, non_blocking=True)
+        rows, columns = (torch.stack([
+            _crop_matrix(int(start), int(cut), self.patch_size, bool(flip), self.device)
+            for start, cut, flip in zip(starts[mine], cuts[mine], flipped[mine])])[:, None]
+            for starts, flipped in ((corners[:, 0], np.zeros_like(flips)), (corners[:, 1], flips)))
+        hr = _resample(faces.float(), columns, rows, True) / 255
         if self.degradation == "mixed":
-            lr = degrade(hr, self.scale, np.random.default_rng([self.seed, 2, step, self.rank]))
+            lr = degrade(hr, self.scale, np.random.default_rng([self.seed, 2, step]), self.rank, self.world)
         else:
             lr = downscale(hr, self.scale)
         return lr, hr
+
+
+class Prefetch:
+    """Makes the batch of the next step on a thread, on CUDA in a stream of its own, while the current
+    one is used. Called like the `batches` it wraps, with rising steps; returns channels-last tensors."""
+
+    def __init__(self, batches):
+        self.batches, self.next = batches, (None, None)
+        self.pool = ThreadPoolExecutor(1)
+        self.stream = torch.cuda.Stream(batches.device) if batches.device.type == "cuda" else None
+
+    def _make(self, step):
+        with torch.cuda.stream(self.stream):        # None: does nothing
+            batch = [part.contiguous(memory_format=torch.channels_last) for part in self.batches(step)]
+            return batch, self.stream and self.stream.record_event()
+
+    def __call__(self, step):
+        planned, future = self.next
+        batch, made = (future if planned == step else self.pool.submit(self._make, step)).result()
+        self.next = step + 1, self.pool.submit(self._make, step + 1)
+        if made:
+            current = torch.cuda.current_stream(self.batches.device)
+            current.wait_event(made)
+            for part in batch:      # its memory is not to be used again before `current` is done with it
+                part.record_stream(current)
+        return batch
+
+
+def place_faces(faces, device):
+    """Move faces to the device where they leave it half of its free memory; otherwise they stay on
+    the CPU, and every batch is sent."""
+    fits = device.type != "cuda" or faces.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return faces.to(device) if fits else faces

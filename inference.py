@@ -14,7 +14,10 @@ import os
 import sys
 import time
 import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, count, pairwise
 from pathlib import Path
 
 import cv2
@@ -26,12 +29,13 @@ from tqdm import tqdm
 from data_loader import (KERNELS, DataError, downscale, find_images, quantise, read_image,
                          square_face, to_tensor, to_uint8)
 from loss import psnr, score
-from model import (CheckpointError, DeviceError, bicubic, load_checkpoint, select_device,
-                   write_atomically)
+from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, bicubic, load_checkpoint,
+                   select_device, select_dtype, write_atomically)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 MARK = "face-srgan"         # the PNG field "Software" of every result: results are never inputs
-TILE, OVERLAP = 256, 24     # LR pixels; what lies further away changes a pixel by under a grey level
+TILE, OVERLAP = 384, 24     # LR pixels; what lies further away changes a pixel by under a grey level
+WRITERS = 8                 # threads that compress PNGs; as many pictures wait to be written
 SHOWN = 8                   # pictures in the comparison figure
 HEADER = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic",
           "psnr_y_bicubic", "ssim_y_bicubic", "lr_psnr")
@@ -47,21 +51,21 @@ class UsageError(Exception):
 def upscale(generator, lr):
     """Enlarge (N, 3, H, W) in [0, 1] to (N, 3, sH, sW) in [0, 1], rounded to 8-bit levels.
 
-    `generator` comes from `Generator.for_inference()`. Large pictures are cut into overlapping
-    tiles, so that memory stays bounded; the overlap hides the seams.
+    `generator` comes from `Generator.for_inference()`. Large pictures are cut into equal tiles of at
+    most TILE, so that memory stays bounded; each is computed with a margin, which hides the seams.
     """
     lr = lr.contiguous(memory_format=torch.channels_last)
-    height, width = lr.shape[2:]
-    if max(height, width) <= TILE + OVERLAP:
+    scale, (height, width) = generator.scale, lr.shape[2:]
+    rows, columns = -(-height // TILE), -(-width // TILE)
+    if rows == columns == 1:
         return quantise(generator(lr))
-    scale = generator.scale
     sr = lr.new_empty(len(lr), 3, height * scale, width * scale)
-    for y in range(0, height, TILE):
-        for x in range(0, width, TILE):
-            top, left = max(0, y - OVERLAP), max(0, x - OVERLAP)
-            tile = generator(lr[..., top:y + TILE + OVERLAP, left:x + TILE + OVERLAP])
-            tile = tile[..., (y - top) * scale:, (x - left) * scale:][..., :TILE * scale, :TILE * scale]
-            sr[..., y * scale:(y + TILE) * scale, x * scale:(x + TILE) * scale] = quantise(tile)
+    for top, bottom in pairwise(i * height // rows for i in range(rows + 1)):
+        for left, right in pairwise(i * width // columns for i in range(columns + 1)):
+            y, x = max(0, top - OVERLAP), max(0, left - OVERLAP)
+            tile = generator(lr[..., y:bottom + OVERLAP, x:right + OVERLAP])
+            sr[..., top * scale:bottom * scale, left * scale:right * scale] = quantise(
+                tile[..., (top - y) * scale:(bottom - y) * scale, (left - x) * scale:(right - x) * scale])
     return sr
 
 
@@ -106,7 +110,7 @@ def write_png(path, picture):
     info.add_text("Software", MARK)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: Image.fromarray(picture).save(
-        file, format="PNG", pnginfo=info, compress_level=4))
+        file, format="PNG", pnginfo=info, compress_level=1))
 
 
 def is_result(path):
@@ -149,14 +153,12 @@ def choose_output(relative, output, taken):
     where that would replace another result of this call or a file that is not an earlier result,
     a name beside it."""
     stem, suffix = relative.with_suffix(""), ".csv" if relative.suffix == ".csv" else ".png"
-    names = [f"{stem}{suffix}", f"{relative}{suffix}"] + [f"{stem}-{n}{suffix}" for n in range(2, 10000)]
-    for name in names:
+    for name in chain((f"{stem}{suffix}", f"{relative}{suffix}"), (f"{stem}-{n}{suffix}" for n in count(2))):
         path = output / name
         key = str(path).casefold()      # some file systems take A.png and a.png for one
         if key not in taken and (is_result(path) or not os.path.lexists(path)):
             taken.add(key)
             return path
-    raise DataError(f"{relative}: no free name in {output}")
 
 
 def sample_faces():
@@ -241,6 +243,28 @@ def write_result(picture, sr, scale):
     write_png(picture.output, sr)
 
 
+def write_results(results, scale, failed):
+    """Write pairs (picture, sr) on threads, while the network works on the next; yield each pair when
+    its file is there."""
+    writing = deque()
+
+    def settled(at_most):
+        while len(writing) > at_most:
+            picture, sr, future = writing.popleft()
+            try:
+                future.result()
+            except OSError as error:
+                failed(f"{picture.output}: cannot be written ({error.strerror})")
+            else:
+                yield picture, sr
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for picture, sr in results:
+            writing.append((picture, sr, pool.submit(write_result, picture, sr, scale)))
+            yield from settled(WRITERS)
+        yield from settled(0)
+
+
 def compare(picture, sr, scale):
     """Compare a result with bicubic and, where it is known, the ground truth: (its row for
     `plot_comparison`, its line of metrics.csv or {})."""
@@ -275,7 +299,7 @@ def main(args):
     if args.hr and not args.hr.is_dir():
         raise UsageError(f"--hr {args.hr}: there is no such folder")
     generator, _ = load_checkpoint(args.checkpoint)
-    generator = generator.for_inference().to(device)
+    generator = generator.for_inference(select_dtype(args.precision, device)).to(device)
     args.output.mkdir(parents=True, exist_ok=True)
 
     scores, sheet, done = {}, {}, 0
@@ -283,13 +307,9 @@ def main(args):
     comparison, metrics = (choose_output(Path(name), args.output, taken)
                            for name in ("comparison.png", "metrics.csv"))
     pictures = read_pictures(args, files, generator.scale, taken, failed)
-    for picture, sr in tqdm(upscale_pictures(generator, pictures, device, args.batch_size), "upscaling",
+    results = upscale_pictures(generator, pictures, device, args.batch_size)
+    for picture, sr in tqdm(write_results(results, generator.scale, failed), "upscaling",
                             len(files) or None, unit="picture", leave=False, disable=None):
-        try:
-            write_result(picture, sr, generator.scale)
-        except OSError as error:
-            failed(f"{picture.output}: cannot be written ({error.strerror})")
-            continue
         done += 1
         if picture.hr is not None or len(sheet) < SHOWN:
             row, line = compare(picture, sr, generator.scale)
@@ -338,6 +358,7 @@ def parse_arguments(argv=None):
         "are quoted for bicubic [%(default)s]")
     add("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE", help="trained generator [the shipped SRGAN]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
+    add("--precision", default="auto", choices=PRECISIONS, help=PRECISION_HELP)
     add("--batch-size", type=int, default=16, help="pictures of one size at a time [%(default)s]")
     args = parser.parse_args(argv)
     if args.batch_size < 1:

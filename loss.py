@@ -68,7 +68,8 @@ class VGGFeatures(nn.Module):
 
 
 def vgg_distance(features, sr, hr):
-    """Content loss of equation 5, relative: ||phi(sr) - phi(hr)||^2 / ||phi(hr)||^2.
+    """Content loss of equation 5, relative: ||phi(sr) - phi(hr)||^2 / ||phi(hr)||^2, a mean over
+    the pictures.
 
     The plain distance depends on how the weights are scaled and grows or shrinks by orders of
     magnitude from layer to layer, which is why the paper has to multiply it by 0.006. Divided by
@@ -77,7 +78,8 @@ def vgg_distance(features, sr, hr):
     """
     with torch.no_grad():
         target = features(hr).float()
-    return F.mse_loss(features(sr).float(), target) / target.square().mean()
+    error = F.mse_loss(features(sr).float(), target, reduction="none")
+    return (error.mean((1, 2, 3)) / target.square().mean((1, 2, 3))).mean()
 
 
 def total_variation(picture):

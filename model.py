@@ -12,11 +12,16 @@ import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 FORMAT = "face-srgan/1"
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+PRECISION_HELP = ("of the networks' arithmetic; auto: bfloat16 where the hardware computes in it, else "
+                  "float16 on CUDA and float32 on a CPU [%(default)s]")
 
 
 class CheckpointError(Exception):
@@ -87,21 +92,28 @@ class Generator(nn.Module):
                 self.tail.bias.zero_()
 
     def forward(self, lr):                                  # (N, 3, H, W)
-        features = self.head(lr)                            # (N, C, H, W)
+        dtype = self.head[0].weight.dtype                   # lower than float32 only in inference
+        features = self.head(lr.to(dtype))                  # (N, C, H, W)
         features = features + self.body(features)           # (N, C, H, W)
-        sr = self.tail(self.upsample(features))             # (N, 3, sH, sW)
-        return sr.float() + bicubic(lr, self.scale) if self.bicubic_residual else sr.float()
+        *upsample, _, prelu = self.upsample                 # the last shuffle is left to the tail
+        for layer in upsample:
+            features = layer(features)                      # (N, 4C, sH/2, sW/2)
+        sr = shuffled_conv(prelu(features), self.tail).float()          # (N, 3, sH, sW)
+        return sr + bicubic(lr, self.scale) if self.bicubic_residual else sr
 
-    def for_inference(self):
-        """Return a frozen copy for inference: batch norm folded into the convolutions before it,
-        channels-last. It computes what `eval()` computes, to float rounding, in half the time."""
+    def for_inference(self, dtype=torch.float32):
+        """Return a frozen copy for inference, computing in `dtype`: batch norm folded into the
+        convolutions before it, activations in place, channels-last. It takes float32 pictures and
+        returns what `eval()` returns, to rounding."""
         net = copy.deepcopy(self).eval().requires_grad_(False)
         for module in list(net.modules()):
             if isinstance(module, nn.Sequential):
-                for i, (conv, norm) in enumerate(zip(list(module), list(module)[1:])):
-                    if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                        module[i], module[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-        return net.to(memory_format=torch.channels_last)
+                for i, layer in enumerate(list(module)):
+                    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                        module[i - 1], module[i] = fuse_conv_bn_eval(module[i - 1], layer), nn.Identity()
+                    elif isinstance(layer, nn.PReLU):       # of one slope: LeakyReLU, which can work in place
+                        module[i] = nn.LeakyReLU(layer.weight.item(), inplace=True)
+        return net.to(dtype, memory_format=torch.channels_last)
 
 
 def icnr_(conv):
@@ -111,6 +123,22 @@ def icnr_(conv):
     with torch.no_grad():
         for parameter in (conv.weight, conv.bias):
             parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
+
+
+def shuffled_conv(features, conv):
+    """Compute conv(F.pixel_shuffle(features, 2)) without making the large intermediate.
+
+    The convolution is carried out on the small grid: its kernel, shifted by 0 or 1 for each of the four
+    sub-pixels of the result and unshuffled like a picture, becomes one of half the size. The tail's three
+    output channels keep a processor's wide registers mostly idle; twelve fill them.
+    (N, 4C, H, W) -> (N, outputs, 2H, 2W), for a kernel of 4k + 1 and padding 2k.
+    """
+    kernel = F.pad(conv.weight, (1, 1, 1, 1))               # (outputs, C, 4k + 3, 4k + 3)
+    size = kernel.shape[-1] - 1
+    kernel = torch.stack([F.pixel_unshuffle(kernel[..., y:y + size, x:x + size], 2)
+                          for y in (1, 0) for x in (1, 0)], dim=1).flatten(0, 1)
+    bias = conv.bias.repeat_interleave(4)
+    return F.pixel_shuffle(F.conv2d(features, kernel, bias, padding=conv.padding[0] // 2), 2)
 
 
 class Discriminator(nn.Module):
@@ -140,6 +168,36 @@ class Discriminator(nn.Module):
     def forward(self, picture):                             # (N, 3, H, W)
         features = self.features(picture * 2 - 1)           # (N, 8C, H/16, W/16)
         return self.classifier(features).float().flatten()  # (N,)
+
+
+class _ProcessesBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batch of all processes, on any device."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        values = x.float().transpose(0, 1).flatten(1)                   # (C, N * H * W)
+        moments = torch.stack([values.mean(1), values.square().mean(1)])
+        mean, square = dist_nn.all_reduce(moments) / dist.get_world_size()
+        variance = square - mean.square()
+        with torch.no_grad():
+            count = values.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        slope = self.weight * torch.rsqrt(variance + self.eps)
+        offset = self.bias - mean * slope
+        return (x * slope[:, None, None] + offset[:, None, None]).to(x.dtype)
+
+
+def synchronise_batch_norm(network, device):
+    """Let every batch norm of `network` see the batch of all processes, not its own share only."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for module in network.modules():        # torch's is for GPUs only
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = _ProcessesBatchNorm
+    return network
 
 
 def write_atomically(path, write):
@@ -222,12 +280,15 @@ def select_device(name):
 
 
 def select_dtype(name, device):
-    """Choose the precision of the networks' arithmetic; weights and losses stay float32."""
-    if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return getattr(torch, name)
+    """Turn one of PRECISIONS into a dtype; auto is bfloat16 where the hardware computes in it, on
+    CUDA float16 otherwise, on a CPU float32. Weights in training and all losses stay float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    native = features.get("avx512_bf16") or features.get("amx_bf16")
+    return torch.bfloat16 if native else torch.float32
 
 
 def device_name(device):

@@ -25,23 +25,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data_loader import (FACE_SIZE, DataError, FaceBatches, downscale, draw_faces, load_split,
-                         to_uint8)
-from inference import plot_comparison, upscale
-from loss import (VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, discriminator_loss, score,
-                  vgg_distance)
-from model import (CheckpointError, DeviceError, Discriminator, Generator, bicubic, device_name,
-                   load_checkpoint, load_plain, save_checkpoint, select_device, select_dtype,
-                   set_aside, write_atomically)
+from data_loader import (FACE_SIZE, DataError, FaceBatches, Prefetch, draw_faces, load_split, place_faces,
+                         to_tensor)
+from inference import Picture, compare, plot_comparison, simulate, upscale_pictures
+from loss import VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, discriminator_loss, vgg_distance
+from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Discriminator, Generator,
+                   device_name, load_checkpoint, load_plain, save_checkpoint, select_device, select_dtype,
+                   set_aside, synchronise_batch_norm, write_atomically)
 
 STAGES = ("srresnet", "srgan")
 STATE = "training_state.pth"
 # Flags that a checkpoint does not tell: where somebody's files lie, and how the script was called.
-PRIVATE = ("train_dir", "gan_train_dir", "val_dir", "output", "vgg_weights", "resume", "dry_run")
+PRIVATE = ("train_dir", "gan_train_dir", "val_dir", "init", "output", "vgg_weights", "resume", "dry_run")
 VAL_FACES = 100     # validated on, spread over the validation set
 LOG_EVERY = 10      # steps between looks at the losses; each look waits for the GPU
 
@@ -50,16 +48,17 @@ class TrainingError(Exception):
     """Training cannot go on; the message is one sentence for the user."""
 
 
+@torch.no_grad()
 def update_ema(ema, generator, step, decay=0.999):
     """Move the averaged generator towards the trained one, batch-norm buffers included. The decay
     grows from 0.1 to `decay` with the steps, so that the first, poor weights are soon forgotten."""
     decay = min(decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        for average, value in zip(ema.state_dict().values(), generator.state_dict().values()):
-            if average.is_floating_point():
-                average.lerp_(value, 1 - decay)
-            else:
-                average.copy_(value)
+    pairs = list(zip(ema.state_dict().values(), generator.state_dict().values()))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    torch._foreach_lerp_(*map(list, zip(*floats)), 1 - decay)       # one kernel instead of hundreds
+    for average, value in pairs:
+        if not average.is_floating_point():
+            average.copy_(value)
 
 
 def learning_rate(step, steps):
@@ -67,27 +66,25 @@ def learning_rate(step, steps):
     return min(1, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def validate(network, faces, scale, device, features=None):
-    """Score `network` (lr -> sr in [0, 1]) on (N, 3, 128, 128) uint8 faces reduced by `downscale`.
+def validate(generator, faces, device, features=None):
+    """Reduce (N, 3, 128, 128) uint8 faces, upscale and score them as inference.py does.
 
-    Returns the mean PSNR (dB) and SSIM on 8-bit RGB and, with VGG `features`, the relative VGG
-    distance; and rows for `plot_comparison` of the first four faces.
+    Returns the mean scores of `generator` and of bicubic and, with VGG `features`, the relative VGG
+    distance, by name; and rows for `plot_comparison` of the first four faces.
     """
-    rows, sheet = [], []
-    for batch in faces.split(16):
-        hr = batch.to(device).float() / 255
-        lr = downscale(hr, scale)
-        sr = network(lr)
-        for i, (ours, truth) in enumerate(zip(to_uint8(sr), to_uint8(hr))):
-            rows.append(score(ours, truth))
-            if features is not None:
-                with torch.no_grad():
-                    rows[-1]["vgg"] = vgg_distance(features, sr[i:i + 1], hr[i:i + 1]).item()
-            if len(sheet) < 4:
-                enlarged = bicubic(lr[i:i + 1], scale)
-                sheet.append({"LR": to_uint8(lr)[i], "bicubic": to_uint8(enlarged)[0],
-                              f"SR, {rows[-1]['psnr']:.2f} dB": ours, "HR": truth})
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}, sheet
+    pictures = []
+    for i, face in enumerate(faces.permute(0, 2, 3, 1).numpy()):
+        lr, hr = simulate(face, generator.scale, "bicubic")
+        pictures.append(Picture(f"{i}", None, lr, hr=hr))
+    lines, sheet = [], []
+    for picture, sr in upscale_pictures(generator, pictures, device, batch_size=16):
+        row, line = compare(picture, sr, generator.scale)
+        if features is not None:
+            with torch.no_grad():
+                line["vgg"] = vgg_distance(features, *(to_tensor([x]).to(device) for x in (sr, picture.hr))).item()
+        lines.append(line)
+        sheet.append(row)
+    return {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}, sheet[:4]
 
 
 def plot_curves(log, path):
@@ -107,7 +104,7 @@ def plot_curves(log, path):
     for stage in dict.fromkeys(line["stage"] for line in lines):
         last = [line for line in lines if line["stage"] == stage][-1]
         draw(psnr, stage, stage, lambda line: line["psnr"])
-        draw(psnr, "bicubic", stage, lambda line: line["bicubic"]["psnr"])
+        draw(psnr, "bicubic", stage, lambda line: line["psnr_bicubic"])
         if "vgg" in last:
             draw(vgg, stage, stage, lambda line: line["vgg"])
         for name in last["train"]:
@@ -141,22 +138,25 @@ class Stage:
         self.folders = args.gan_train_dir if self.gan and args.gan_train_dir else args.train_dir
         faces, self.val_faces = load_split(tuple(self.folders), args.val_dir, VAL_FACES, self.main_process)
         self.face_count = len(faces)
-        self.batches = FaceBatches(faces.to(device), args.batch_size, args.patch_size, args.scale,
-                                   args.degradation, seed=2 * args.seed + self.gan, rank=rank, world=world)
+        self.batches = Prefetch(FaceBatches(
+            place_faces(faces, device), args.batch_size, args.patch_size, args.scale, args.degradation,
+            seed=2 * args.seed + self.gan, rank=rank, world=world, device=device))
 
         # Setup networks:
         torch.manual_seed(args.seed)
         generator = Generator(args.scale, args.blocks, args.channels, not args.no_bicubic_residual)
         discriminator = Discriminator(args.channels)
-        self.pretraining = {}
-        if self.gan:
-            self.pretraining = self.start_from(args.output / f"srresnet_x{args.scale}.pth", generator)
-        if world > 1 and device.type == "cuda":
-            generator = nn.SyncBatchNorm.convert_sync_batchnorm(generator)
-            discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+        pretrained = args.output / f"srresnet_x{args.scale}.pth"
+        start = pretrained if self.gan and pretrained.exists() else args.init
+        self.pretraining = self.start_from(start, generator) if start else {}
+        if self.gan and not start and self.main_process:
+            print(f"there is no {pretrained}: the generator of SRGAN starts untrained")
+        self.ema = copy.deepcopy(generator).requires_grad_(False).to(device, memory_format=torch.channels_last)
+        if world > 1:
+            synchronise_batch_norm(generator, device)
+            synchronise_batch_norm(discriminator, device)
         self.generator = generator.to(device, memory_format=torch.channels_last)
         self.discriminator = discriminator.to(device, memory_format=torch.channels_last)
-        self.ema = copy.deepcopy(generator).requires_grad_(False)
         self.generate, self.discriminate = self.generator, self.discriminator
         if world > 1:
             # Buffers are not broadcast: D runs twice before its backward pass, and the second
@@ -182,19 +182,13 @@ class Stage:
         # Setup progress. Batches are a function of the step and nothing else in the training is
         # random, so the step is the whole random state.
         self.step, self.seconds, self.best, self.sums, self.count = 0, 0.0, None, {}, 0
-        self.bicubic = None
         if self.main_process:
-            self.bicubic, _ = validate(lambda lr: bicubic(lr, args.scale).clamp(0, 1), self.val_faces,
-                                       args.scale, device, features)
-            print(f"{name}: {self.face_count} faces to train on, {len(self.val_faces)} to validate "
-                  f"on (bicubic: {self.bicubic['psnr']:.2f} dB)", flush=True)
+            where = self.batches.batches.faces.device
+            print(f"{name}: {self.face_count} faces to train on, kept on the {where.type}, "
+                  f"{len(self.val_faces)} to validate on", flush=True)
 
     def start_from(self, path, generator):
-        """Load the SRResNet that SRGAN starts from; return the facts of its training."""
-        if not path.exists():
-            if self.main_process:
-                print(f"there is no {path}: the generator of SRGAN starts untrained")
-            return {}
+        """Load the weights that this stage starts from; return the facts of their training."""
         pretrained, facts = load_checkpoint(path)
         if pretrained.architecture != generator.architecture:
             raise TrainingError(f"{path} has the architecture {pretrained.architecture}, not "
@@ -208,7 +202,7 @@ class Stage:
         factor = learning_rate(self.step, self.steps)
         for optimizer in (self.g_optimizer, self.d_optimizer):
             optimizer.param_groups[0]["lr"] = self.base_lr * factor
-        lr, hr = (batch.contiguous(memory_format=torch.channels_last) for batch in self.batches(self.step))
+        lr, hr = self.batches(self.step)
         with self.autocast():
             sr = self.generate(lr)
         fake_logits, values = None, {}
@@ -231,7 +225,8 @@ class Stage:
         self.backward(loss, self.g_optimizer)
         self.discriminator.requires_grad_(True)
         self.scaler.update()
-        update_ema(self.ema, self.generator, self.step)
+        if self.main_process:
+            update_ema(self.ema, self.generator, self.step)
 
         for name, value in {**terms, **values}.items():     # sums stay on the device until read
             self.sums[name] = self.sums.get(name, 0) + value.detach()
@@ -258,9 +253,8 @@ class Stage:
         """Score the averaged generator, log, draw, and keep its checkpoint if it is the best."""
         means = self.losses()
         self.sums, self.count = {}, 0
-        network = functools.partial(upscale, self.ema.for_inference())
-        scores, sheet = validate(network, self.val_faces, self.args.scale, self.device, self.features)
-        line = dict(stage=self.name, step=self.step, **scores, bicubic=self.bicubic, train=means,
+        scores, sheet = validate(self.ema.for_inference(), self.val_faces, self.device, self.features)
+        line = dict(stage=self.name, step=self.step, **scores, train=means,
                     lr=self.g_optimizer.param_groups[0]["lr"], seconds=round(self.seconds, 1))
         with open(self.log, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -269,8 +263,8 @@ class Stage:
         plot_comparison(samples / f"{self.name}_{self.step:06d}.png", sheet)
         plot_curves(self.log, self.args.output / "curves.png")
         tqdm.write(f"{self.name} step {self.step}: " + ", ".join(
-            f"{name} {scores[name]:.4g} (bicubic {self.bicubic[name]:.4g})"
-            for name in ("psnr", "ssim", "vgg") if name in scores))
+            f"{name} {scores[name]:.4g}" for name in ("psnr", "psnr_bicubic", "ssim", "ssim_bicubic", "vgg")
+            if name in scores))
         if self.gan and means["d_real"] > 0.99 and means["d_fake"] < 0.01:
             tqdm.write("warning: the discriminator is saturated (D(real) > 0.99, D(fake) < 0.01); "
                        "the generator learns little from it")
@@ -284,7 +278,7 @@ class Stage:
             self.best = quality
             recipe = {name: value for name, value in plain(self.args).items() if name not in PRIVATE}
             save_checkpoint(self.checkpoint, self.ema, dict(
-                stage=self.name, step=self.step, metrics=scores, bicubic=self.bicubic, recipe=recipe,
+                stage=self.name, step=self.step, metrics=scores, recipe=recipe,
                 data=[Path(folder).resolve().name for folder in self.folders], faces=self.face_count,
                 seconds=line["seconds"], device=device_name(self.device), torch=str(torch.__version__),
                 date=datetime.date.today().isoformat(), pretraining=self.pretraining))
@@ -421,6 +415,8 @@ def parse_arguments(argv=None):
     add("--gan-train-dir", nargs="+", metavar="DIR", help="folders for SRGAN, whose discriminator "
         "wants clean faces (default: --train-dir)")
     add("--val-dir", metavar="DIR", help="faces to validate on (default: a part of the training folders)")
+    add("--init", type=Path, metavar="FILE", help="checkpoint to start from (default: SRResNet from "
+        "random weights, SRGAN from the SRResNet in --output)")
     add("--output", type=Path, metavar="DIR", help="for checkpoints, state and log (default: checkpoints; "
         "with --dry-run a temporary folder)")
     add("--resume", action="store_true", help="go on with the training in --output, with its flags")
@@ -428,9 +424,7 @@ def parse_arguments(argv=None):
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
-    add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="auto: bfloat16, else float16, on CUDA, float32 on a CPU; bfloat16 is faster on CPUs "
-        "with AVX512-BF16 or AMX [%(default)s]")
+    add("--precision", default="auto", choices=PRECISIONS, help=PRECISION_HELP)
     add("--val-every", type=int, default=500, metavar="STEPS", help="validate and save the state [%(default)s]")
     add("--save-every", type=int, default=200, metavar="STEPS", help="save the state [%(default)s]")
 

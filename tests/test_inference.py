@@ -182,10 +182,11 @@ def test_alpha_is_kept(run, tmp_path):
 
 def test_the_command_is_the_function(run, tmp_path, tiny_checkpoint):
     save(tmp_path / "a.png", noise(9, 7))
-    assert run(tmp_path / "a.png") == 0
-    generator = load_checkpoint(tiny_checkpoint)[0].for_inference()
-    expected = to_uint8(upscale(generator, to_tensor([noise(9, 7)])))[0]
-    assert np.array_equal(read_image(tmp_path / "out" / "a.png")[0], expected)
+    for precision in ("float32", "bfloat16"):
+        assert run(tmp_path / "a.png", "--precision", precision) == 0
+        generator = load_checkpoint(tiny_checkpoint)[0].for_inference(getattr(torch, precision))
+        expected = to_uint8(upscale(generator, to_tensor([noise(9, 7)])))[0]
+        assert np.array_equal(read_image(tmp_path / "out" / "a.png")[0], expected)
 
 
 def test_scores_are_those_of_the_files(run, tmp_path, faces):
@@ -282,7 +283,7 @@ def test_large_picture_is_never_whole_in_the_network(tiny_checkpoint):
     generator.register_forward_hook(
         lambda module, inputs, output: seen.append(inputs[0].shape[2] * inputs[0].shape[3])
     )
-    assert upscale(generator, torch.rand(1, 3, 300, 700)).shape == (1, 3, 1200, 2800)
+    assert upscale(generator, torch.rand(1, 3, 400, 1000)).shape == (1, 3, 1600, 4000)
     assert max(seen) <= (inference.TILE + 2 * inference.OVERLAP) ** 2 and len(seen) == 6
 
 
