@@ -366,17 +366,18 @@ def main(args):
         set_aside(args.output / "log.jsonl")
 
     # Train the stages that are wanted and not yet done:
-    with StopSignal() as stop:
-        for name in STAGES[STAGES.index(state["stage"]) if state else 0:]:
-            if name == "srgan" and args.gan_steps or name == "srresnet" and args.pretrain_steps:
-                stage = Stage(name, args, device, features)
-                if state and state["stage"] == name:
-                    stage.load(state)
-                elif main_process:
-                    stage.save()        # so that even the first steps can be resumed
+    for name in STAGES[STAGES.index(state["stage"]) if state else 0:]:
+        if name == "srgan" and args.gan_steps or name == "srresnet" and args.pretrain_steps:
+            stage = Stage(name, args, device, features)
+            if state and state["stage"] == name:
+                stage.load(state)
+            elif main_process:
+                stage.save()        # so that even the first steps can be resumed
+            with StopSignal() as stop:
                 run_stage(stage, stop)
-                if dist.is_initialized():
-                    dist.barrier()      # the next stage reads what this one's main process writes
+            stage = None            # its faces make room for the next stage's
+            if dist.is_initialized():
+                dist.barrier()      # the next stage reads what this one's main process writes
     if main_process:
         print(f"done: {args.output}")
 

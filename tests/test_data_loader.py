@@ -4,16 +4,19 @@ import pytest
 import torch
 from PIL import Image
 
+import data_loader
 from data_loader import (
     KERNELS,
     DataError,
     FaceBatches,
+    Prefetch,
     degrade,
     downscale,
     draw_faces,
     find_images,
     jpeg,
     load_faces,
+    place_faces,
     read_image,
     resize,
     split_files,
@@ -137,6 +140,8 @@ def test_damaged_file_is_named_once_and_left_out(tmp_path, faces, capsys):
     loaded = load_faces(find_images(tmp_path), progress=False)
     errors = capsys.readouterr().err
     assert len(loaded) == 2
+    last = torch.from_numpy(read_image(tmp_path / "00002.png")[0]).permute(2, 0, 1)
+    assert torch.equal(loaded[1], last)     # no gap where the damaged one was
     assert errors.count("00001.png") == 1 and errors.count("text.png") == 1
     with pytest.raises(DataError):
         load_faces([tmp_path / "text.png"], progress=False)
@@ -211,10 +216,39 @@ def test_batches_are_a_function_of_the_step(faces):
 
 def test_processes_share_a_batch_without_overlap(faces):
     bytes_ = load_faces(find_images(faces), progress=False)
-    whole = FaceBatches(bytes_, 6, 32, degradation="bicubic")(5)
-    parts = [FaceBatches(bytes_, 6, 32, degradation="bicubic", rank=rank, world=2)(5) for rank in range(2)]
-    for i in range(2):
-        assert torch.equal(torch.stack([parts[0][i], parts[1][i]], 1).flatten(0, 1), whole[i])
+    for step in range(10):      # as many as it takes to meet every kind of damage
+        whole = FaceBatches(bytes_, 6, 32)(step)
+        parts = [FaceBatches(bytes_, 6, 32, rank=rank, world=2)(step) for rank in range(2)]
+        for i in range(2):
+            assert torch.equal(torch.stack([parts[0][i], parts[1][i]], 1).flatten(0, 1), whole[i])
+
+
+def test_batches_made_ahead_are_the_batches(faces):
+    bytes_ = load_faces(find_images(faces), progress=False)
+    plain, ahead = FaceBatches(bytes_, 6, 32), Prefetch(FaceBatches(bytes_, 6, 32))
+    for step in (0, 1, 2, 7, 3):        # a jump is what --resume makes
+        for a, b in zip(ahead(step), plain(step)):
+            assert torch.equal(a, b) and a.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_faces_that_would_fill_the_gpu_stay_on_the_cpu(monkeypatch):
+    faces, cuda = torch.zeros(10, 3, 128, 128, dtype=torch.uint8), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (faces.nbytes, 2 * faces.nbytes))
+    assert place_faces(faces, cuda) is faces
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * faces.nbytes, 3 * faces.nbytes))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, target: ("moved to", target))
+    assert place_faces(faces, cuda) == ("moved to", cuda)
+
+
+def test_blurs_are_opencvs():
+    picture = gradient()
+    picture[40:60, 40:60] = 255 - picture[40:60, 40:60]
+    for sigma in (0.4, 1.0, 1.6):
+        matrix = data_loader._blur_matrix(128, sigma, torch.device("cpu"))
+        ours = data_loader._resample(to_tensor([picture]) * 255, matrix, matrix, False)
+        theirs = cv2.GaussianBlur(picture, (0, 0), sigma)
+        assert np.abs(ours[0].permute(1, 2, 0).numpy() - theirs).max() <= 1
+        assert np.abs(theirs.astype(int) - picture).max() > 1
 
 
 def test_every_face_is_seen_once_an_epoch_whole_patches_both_ways(faces):
