@@ -37,6 +37,10 @@ KERNELS = {
 }
 
 
+# What else may befall the small picture; the numbers are those of the robustness table.
+DAMAGES = ("none", "blur", "noise", "jpeg75", "jpeg50")
+
+
 class DataError(Exception):
     """Input that cannot be used; the message is one sentence for the user."""
 
@@ -301,6 +305,24 @@ def degrade(hr, scale, rng, rank=0, world=1):
         pictures = zip(to_uint8(lr[coded]), qualities[coded])
         lr[coded] = to_tensor([jpeg(picture, quality) for picture, quality in pictures]).to(device)
     return lr
+
+
+def simulate(hr, scale, kernel="bicubic", damage="none"):
+    """Cut an (H, W, 3) uint8 picture to a multiple of `scale` and reduce it with one of KERNELS and one
+    of DAMAGES: (lr, hr), both uint8. Blur has a sigma of 1 HR pixel, noise a deviation of 4 levels (the
+    same for the same picture size), JPEG the quality of its name."""
+    height, width = (side - side % scale for side in hr.shape[:2])
+    if not height or not width:
+        raise DataError(f"only {hr.shape[1]}x{hr.shape[0]} pixels, too small to reduce")
+    hr = np.ascontiguousarray(hr[:height, :width])
+    sharp = cv2.GaussianBlur(hr, (0, 0), 1) if damage == "blur" else hr
+    lr = to_uint8(downscale(to_tensor([sharp]), scale, kernel))[0]
+    if damage == "noise":
+        noise = np.random.default_rng(0).standard_normal(lr.shape) * 4
+        lr = np.rint(lr + noise).clip(0, 255).astype(np.uint8)
+    elif damage.startswith("jpeg"):
+        lr = jpeg(lr, int(damage[4:]))
+    return lr, hr
 
 
 def jpeg(picture, quality):

@@ -26,13 +26,14 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from data_loader import (KERNELS, DataError, downscale, find_images, quantise, read_image,
+from data_loader import (DAMAGES, KERNELS, DataError, downscale, find_images, quantise, read_image, simulate,
                          square_face, to_tensor, to_uint8)
 from loss import psnr, score
-from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, bicubic, load_checkpoint,
-                   select_device, select_dtype, write_atomically)
+from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, FlipEnsemble, bicubic,
+                   interpolate, load_checkpoint, select_device, select_dtype, write_atomically)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
+STRENGTH = 1.0              # of the shipped weights; chosen on the validation faces
 MARK = "face-srgan"         # the PNG field "Software" of every result: results are never inputs
 TILE, OVERLAP = 384, 24     # LR pixels; what lies further away changes a pixel by under a grey level
 WRITERS = 8                 # threads that compress PNGs; as many pictures wait to be written
@@ -170,15 +171,6 @@ def sample_faces():
             "grace_hopper": square_face(hopper[40:363, 106:429])}
 
 
-def simulate(hr, scale, kernel):
-    """Cut (H, W, 3) uint8 to a multiple of `scale` and reduce it: (lr, hr), both uint8."""
-    height, width = (side - side % scale for side in hr.shape[:2])
-    if not height or not width:
-        raise DataError(f"only {hr.shape[1]}x{hr.shape[0]} pixels, too small to reduce")
-    hr = np.ascontiguousarray(hr[:height, :width])
-    return to_uint8(downscale(to_tensor([hr]), scale, kernel))[0], hr
-
-
 # The command ------------------------------------------------------------------------------------
 
 def read_pictures(args, files, scale, taken, failed):
@@ -188,7 +180,7 @@ def read_pictures(args, files, scale, taken, failed):
         truths = {path.relative_to(args.hr).with_suffix(""): path for path in find_images(args.hr)}
     if not args.inputs:
         for name, face in sample_faces().items():
-            lr, hr = simulate(face, scale, args.kernel)
+            lr, hr = simulate(face, scale, args.kernel, args.damage)
             output = choose_output(Path(name), args.output, taken)
             yield Picture(output.stem, output, lr, hr=hr)
     for path, relative in files:
@@ -196,7 +188,7 @@ def read_pictures(args, files, scale, taken, failed):
             lr, alpha = read_image(path)
             hr = None
             if args.simulate:
-                lr, hr = simulate(lr, scale, args.kernel)
+                lr, hr = simulate(lr, scale, args.kernel, args.damage)
                 alpha = None
             elif args.hr:
                 truth = truths.get(relative.with_suffix(""))
@@ -281,6 +273,26 @@ def compare(picture, sr, scale):
     return dict(zip(captions, (picture.lr, enlarged, sr, picture.hr))), scores
 
 
+def load_generators(checkpoint, strength, both=False):
+    """Load a generator and set its strength, from 0 (the SRResNet beside the checkpoint) to 1 (the
+    checkpoint itself): (generator, that SRResNet if `both` else None)."""
+    generator, _ = load_checkpoint(checkpoint)
+    if strength == 1 and not both:
+        return generator, None
+    path = checkpoint.with_name(f"srresnet_x{generator.scale}.pth")
+    if not path.exists():
+        raise UsageError(f"--strength and --added need {path}, the faithful network beside {checkpoint.name}")
+    faithful, _ = load_checkpoint(path)
+    return interpolate(faithful, generator, strength), faithful if both else None
+
+
+def added_detail(faithful, lr, sr, device):
+    """Show what was invented: three times the difference of sr to the faithful network's result,
+    around gray, (H, W, 3) uint8."""
+    certain = upscale(faithful, to_tensor([lr]).to(device)).cpu()
+    return to_uint8((to_tensor([sr]) - certain) * 3 + 128 / 255)[0]
+
+
 def main(args):
     """Carry out the command; return the exit status: 0 all done, 1 some failed, 2 nothing done."""
     started = time.monotonic()
@@ -298,8 +310,11 @@ def main(args):
         return 2
     if args.hr and not args.hr.is_dir():
         raise UsageError(f"--hr {args.hr}: there is no such folder")
-    generator, _ = load_checkpoint(args.checkpoint)
-    generator = generator.for_inference(select_dtype(args.precision, device)).to(device)
+    dtype = select_dtype(args.precision, device)
+    generator, faithful = (network and network.for_inference(dtype).to(device) for network in load_generators(
+        args.checkpoint, args.strength, args.added))
+    if args.flip:
+        generator = FlipEnsemble(generator)
     args.output.mkdir(parents=True, exist_ok=True)
 
     scores, sheet, done = {}, {}, 0
@@ -316,6 +331,8 @@ def main(args):
             if line:
                 scores[picture.name] = line
             if len(sheet) < SHOWN:
+                if faithful is not None:
+                    row["added detail\nx3, from gray"] = added_detail(faithful, picture.lr, sr, device)
                 sheet[picture.name] = row
     if sheet:
         plot_comparison(comparison, [sheet[name] for name in sorted(sheet)])
@@ -356,11 +373,22 @@ def parse_arguments(argv=None):
     truth.add_argument("--simulate", action="store_true", help="the inputs are HR: reduce them first")
     add("--kernel", default="bicubic", choices=list(KERNELS), help="how --simulate reduces; all scores "
         "are quoted for bicubic [%(default)s]")
-    add("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE", help="trained generator [the shipped SRGAN]")
+    add("--damage", default="none", choices=DAMAGES, help="what else --simulate does to the picture [%(default)s]")
+    add("--checkpoint", type=Path, metavar="FILE", help="trained generator [the shipped SRGAN]")
+    add("--strength", type=float, help="from 0, faithful: the SRResNet that lies beside the checkpoint, to 1, "
+        f"vivid: the checkpoint itself [{STRENGTH} for the shipped weights, 1 with --checkpoint]")
+    add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
+    add("--flip", action="store_true", help="average with the mirrored picture's result: a little more faithful, "
+        "half as fast")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="auto", choices=PRECISIONS, help=PRECISION_HELP)
     add("--batch-size", type=int, default=16, help="pictures of one size at a time [%(default)s]")
     args = parser.parse_args(argv)
+    if args.strength is None:
+        args.strength = 1.0 if args.checkpoint else STRENGTH
+    args.checkpoint = args.checkpoint or CHECKPOINT
+    if not 0 <= args.strength <= 1:
+        raise UsageError("--strength must be from 0 to 1")
     if args.batch_size < 1:
         raise UsageError("--batch-size must be at least 1")
     if args.hr and not args.inputs:

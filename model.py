@@ -116,6 +116,30 @@ class Generator(nn.Module):
         return net.to(dtype, memory_format=torch.channels_last)
 
 
+def interpolate(faithful, vivid, strength):
+    """Make the generator between two of one architecture: every parameter and batch-norm statistic is
+    (1 - strength) * faithful + strength * vivid. Network interpolation, Wang et al. 2018, "ESRGAN"
+    (arXiv:1809.00219), section 3.4. Raises CheckpointError where the architectures differ."""
+    if faithful.architecture != vivid.architecture:
+        raise CheckpointError(f"generators of different architectures cannot be interpolated: "
+                              f"{faithful.architecture} and {vivid.architecture}")
+    between, ends = copy.deepcopy(vivid), (faithful.state_dict(), vivid.state_dict())
+    between.load_state_dict({name: a.lerp(b, strength) if a.is_floating_point() else b
+                             for (name, a), b in zip(ends[0].items(), ends[1].values())})
+    return between
+
+
+class FlipEnsemble(nn.Module):
+    """The mean of a generator's results for a picture and for its mirror image, in twice the time."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.generator, self.scale = generator, generator.scale
+
+    def forward(self, lr):
+        return (self.generator(lr) + self.generator(lr.flip(-1)).flip(-1)) / 2
+
+
 def icnr_(conv):
     """Initialise a convolution before PixelShuffle(2) so that the pair enlarges like nearest
     neighbour: the four sub-pixels start equal, and no checkerboard is trained in (Aitken et al.

@@ -29,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data_loader import (FACE_SIZE, DataError, FaceBatches, Prefetch, draw_faces, load_split, place_faces,
-                         to_tensor)
-from inference import Picture, compare, plot_comparison, simulate, upscale_pictures
+                         simulate, to_tensor)
+from inference import Picture, compare, plot_comparison, upscale_pictures
 from loss import VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, discriminator_loss, vgg_distance
 from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Discriminator, Generator,
                    device_name, load_checkpoint, load_plain, save_checkpoint, select_device, select_dtype,
@@ -74,7 +74,7 @@ def validate(generator, faces, device, features=None):
     """
     pictures = []
     for i, face in enumerate(faces.permute(0, 2, 3, 1).numpy()):
-        lr, hr = simulate(face, generator.scale, "bicubic")
+        lr, hr = simulate(face, generator.scale)
         pictures.append(Picture(f"{i}", None, lr, hr=hr))
     lines, sheet = [], []
     for picture, sr in upscale_pictures(generator, pictures, device, batch_size=16):

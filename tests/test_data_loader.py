@@ -6,6 +6,7 @@ from PIL import Image
 
 import data_loader
 from data_loader import (
+    DAMAGES,
     KERNELS,
     DataError,
     FaceBatches,
@@ -19,6 +20,7 @@ from data_loader import (
     place_faces,
     read_image,
     resize,
+    simulate,
     split_files,
     to_tensor,
     to_uint8,
@@ -282,6 +284,20 @@ def test_mixed_degradation_draws_many_kinds_and_stays_aligned():
     # None of them moves the picture or shifts its colours.
     assert (lr - downscale(picture, 4)).mean((2, 3)).abs().max() < 0.02
     assert torch.equal(degrade(picture, 4, np.random.default_rng(0)), lr)
+
+
+def test_simulated_damages_differ_and_stay_aligned():
+    picture = gradient(130, 129)
+    picture[40:60, 40:60] = 255 - picture[40:60, 40:60]
+    results = {damage: simulate(picture, 4, damage=damage) for damage in DAMAGES}
+    for damage, (lr, hr) in results.items():
+        assert lr.shape == (32, 32, 3) and np.array_equal(hr, picture[:128, :128])
+        assert np.abs(lr.astype(int) - results["none"][0]).mean() < 5
+        assert np.abs(lr.astype(int) - results["none"][0]).max() > 5 or damage == "none"
+        assert np.array_equal(simulate(picture, 4, damage=damage)[0], lr)
+    assert np.array_equal(results["none"][0], to_uint8(downscale(to_tensor([picture[:128, :128]]), 4))[0])
+    errors = {damage: np.abs(lr.astype(int) - results["none"][0]).mean() for damage, (lr, _) in results.items()}
+    assert errors["jpeg50"] > errors["jpeg75"] > 0.3
 
 
 def test_jpeg_is_pillows(tmp_path):

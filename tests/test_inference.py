@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ import inference
 from data_loader import find_images, read_image, to_tensor, to_uint8
 from inference import CHECKPOINT, upscale
 from loss import psnr
-from model import bicubic, load_checkpoint
+from model import Generator, bicubic, load_checkpoint, save_checkpoint
 
 ROOT = Path(inference.__file__).parent
 FIGURES = {"comparison.png", "metrics.csv"}
@@ -37,14 +38,14 @@ def results(folder):
 def run(tiny_checkpoint, tmp_path):
     """Call the command with the tiny checkpoint and an output folder; return the exit status."""
 
-    def call(*arguments, output=None):
+    def call(*arguments, output=None, checkpoint=tiny_checkpoint):
         return inference.run(
             [
                 *map(str, arguments),
                 "--output",
                 str(output or tmp_path / "out"),
                 "--checkpoint",
-                str(tiny_checkpoint),
+                str(checkpoint),
                 "--device",
                 "cpu",
             ]
@@ -189,6 +190,42 @@ def test_the_command_is_the_function(run, tmp_path, tiny_checkpoint):
         assert np.array_equal(read_image(tmp_path / "out" / "a.png")[0], expected)
 
 
+def test_strength_goes_from_the_faithful_network_to_the_vivid(run, tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for seed, name in enumerate(("srresnet_x4.pth", "srgan_x4.pth")):
+        torch.manual_seed(seed)
+        generator = Generator(blocks=1, channels=8)
+        generator.tail.weight.data.mul_(20)
+        save_checkpoint(folder / name, generator, {})
+    save(tmp_path / "a.png", noise(9, 7))
+
+    def result(*flags, checkpoint="srgan_x4.pth"):
+        assert run(tmp_path / "a.png", *flags, checkpoint=folder / checkpoint) == 0
+        return read_image(tmp_path / "out" / "a.png")[0].astype(int)
+
+    faithful, vivid = result(checkpoint="srresnet_x4.pth"), result()
+    assert np.abs(faithful - vivid).max() > 10
+    assert np.array_equal(result("--strength", "0"), faithful)
+    assert np.array_equal(result("--strength", "1", "--added"), vivid)
+    middle = result("--strength", "0.5")
+    assert np.abs(middle - faithful).sum() < np.abs(vivid - faithful).sum() > np.abs(middle - vivid).sum() > 0
+    assert np.abs(result("--flip") - vivid).max() > 0
+    (folder / "srresnet_x4.pth").unlink()
+    assert np.array_equal(result(), vivid)
+    assert run(tmp_path / "a.png", "--strength", "0.5", checkpoint=folder / "srgan_x4.pth") == 2
+
+
+def test_added_detail_is_gray_where_nothing_was_added(shipped):
+    lr = noise(16, 16)
+    sr = to_uint8(upscale(shipped, to_tensor([lr])))[0]
+    same = inference.added_detail(shipped, lr, sr, torch.device("cpu"))
+    assert (same == 128).all()
+    brighter = cv2.add(sr, (5, 5, 5, 0))
+    brighter = inference.added_detail(shipped, lr, brighter, torch.device("cpu"))
+    assert np.median(brighter) == 128 + 15
+
+
 def test_scores_are_those_of_the_files(run, tmp_path, faces):
     """metrics.csv against scikit-image on the written PNG and Pillow's own reduction."""
     truth = tmp_path / "hr"
@@ -308,6 +345,7 @@ def test_usage_errors_are_one_sentence_and_status_2(run, tmp_path, capsys):
         (tmp_path / "a.png", "--hr", tmp_path / "absent"),
         (tmp_path / "a.png", "--checkpoint", tmp_path / "text.pth"),
         (tmp_path / "a.png", "--batch-size", 0),
+        (tmp_path / "a.png", "--strength", 1.5),
         ("--hr", tmp_path),
     ]
     for call in calls:

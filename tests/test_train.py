@@ -191,6 +191,15 @@ def test_srgan_starts_from_srresnet_and_leaves_it_alone(flags, tmp_path):
     srresnet, srgan = (load_checkpoint(out / f"{name}_x4.pth")[0] for name in ("srresnet", "srgan"))
     for a, b in zip(srresnet.parameters(), srgan.parameters()):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    # --init gives the start instead, to either stage.
+    init, elsewhere = ["--init", str(out / "srresnet_x4.pth")], tmp_path / "elsewhere"
+    for stage, steps in (("srresnet", ("1", "0")), ("srgan", ("0", "1"))):
+        train.run([*flags, *init, "--output", str(elsewhere), "--pretrain-steps", steps[0],
+                   "--gan-steps", steps[1], "--lr", "1e-9", "--gan-lr", "1e-9"])
+        tuned = load_checkpoint(elsewhere / f"{stage}_x4.pth")[0]
+        (elsewhere / f"{stage}_x4.pth").rename(tmp_path / f"{stage}.pth")
+        for a, b in zip(srresnet.parameters(), tuned.parameters()):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     facts = load_checkpoint(out / "srgan_x4.pth")[1]
     assert facts["pretraining"]["stage"] == "srresnet" and facts["faces"] == 10
     assert str(tmp_path) not in str(facts)  # where somebody's data lie is nobody's business
@@ -251,7 +260,8 @@ def test_both_networks_learn_in_a_gan_step(stage):
 def test_discriminator_learns_to_tell_real_from_generated(stage):
     """D(real) and D(fake) must part: in the closest peer both are 1.0 from the second epoch on."""
     srgan = stage(
-        "srgan", "--gan-steps", "100000", "--gan-lr", "1e-3", "--vgg-weight", "0", "--patch-size", "32", "--batch-size", "8"
+        "srgan", "--gan-steps", "100000", "--gan-lr", "1e-3", "--vgg-weight", "0",
+        "--patch-size", "32", "--batch-size", "8",
     )
     for _ in range(160):
         srgan.train_step()
