@@ -7,7 +7,7 @@
 
 --output receives srresnet_x4.pth and srgan_x4.pth (the best of each stage), training_state.pth
 (all that --resume needs), log.jsonl (a line per validation), curves.png and samples/. The recipe
-is that of Ledig et al. 2017 (arXiv:1609.04802, section 3.2), shortened: Adam, 16 patches a step.
+is that of Ledig et al. 2017 (arXiv:1609.04802, section 3.2), shortened: Adam, 16 patches of 96x96 a step.
 """
 import argparse
 import copy
@@ -437,12 +437,13 @@ def parse_arguments(argv=None):
         "the bicubically enlarged input")
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--pretrain-steps", type=int, default=11000, metavar="N", help="steps of SRResNet, or 0 [%(default)s]")
+    add("--pretrain-steps", type=int, default=15000, metavar="N", help="steps of SRResNet, or 0 [%(default)s]")
     add("--gan-steps", type=int, default=1900, metavar="N", help="steps of SRGAN, or 0 [%(default)s]")
-    add("--batch-size", type=int, default=16, help="patches per step, of all processes together [%(default)s]")
-    add("--patch-size", type=int, default=64, help="HR pixels: a multiple of the scale, 16 to 128 [%(default)s]")
+    add("--batch-size", type=int, default=16, help="patches per step, of all processes together; learning rates "
+        "and steps are for this whole batch too [%(default)s]")
+    add("--patch-size", type=int, default=96, help="HR pixels: a multiple of the scale, 16 to 128 [%(default)s]")
     add("--degradation", default="mixed", choices=["bicubic", "mixed"], help="how LR is made [%(default)s]")
-    add("--lr", type=float, default=5e-4, help="learning rate of SRResNet (Adam, cosine to a hundredth) [%(default)s]")
+    add("--lr", type=float, default=4e-4, help="learning rate of SRResNet (Adam, cosine to a hundredth) [%(default)s]")
     add("--gan-lr", type=float, default=1e-4, help="learning rate of both networks of SRGAN [%(default)s]")
     add("--pixel-weight", type=float, default=1.0, help="of the mean squared error in SRGAN [%(default)s]")
     add("--vgg-weight", type=float, default=0.02, help="of the relative VGG distance in SRGAN [%(default)s]")
