@@ -273,7 +273,7 @@ def downscale(hr, scale, kernel="bicubic"):
 
 
 def degrade(hr, scale, rng, rank=0, world=1):
-    """Make low-resolution pictures as the world does: a kernel per picture, and for three in ten a
+    """Make low-resolution pictures as the world does: a kernel per picture, and for three in twenty a
     slight blur before, or noise or JPEG after the reduction.
 
     hr is (N, 3, sS, sS) in [0, 1], `rng` a numpy Generator; returns (N, 3, S, S), 8-bit levels. Where
@@ -283,8 +283,8 @@ def degrade(hr, scale, rng, rank=0, world=1):
     size, device, total = hr.shape[-1], hr.device, len(hr) * world
     small = size // scale
     kernels, damages, sigmas, qualities, deviations, noise = (values[rank::world] for values in (
-        rng.choice(list(KERNELS), total, p=[0.3, 0.1, 0.1, 0.1, 0.3, 0.1]),
-        rng.choice(["none", "blur", "noise", "jpeg"], total, p=[0.7, 0.1, 0.1, 0.1]),
+        rng.choice(list(KERNELS), total, p=[0.35, 0.05, 0.05, 0.1, 0.35, 0.1]),
+        rng.choice(["none", "blur", "noise", "jpeg"], total, p=[0.85, 0.05, 0.05, 0.05]),
         rng.choice(np.linspace(0.4, 1.6, 7), total),                # of the blur, in HR pixels
         rng.integers(50, 96, total), rng.uniform(1, 6, total) / 255,
         rng.standard_normal((total, 3, small, small), dtype=np.float32)))
