@@ -38,7 +38,7 @@ from tqdm import tqdm
 from data_loader import (DAMAGES, KERNELS, DataError, downscale, find_images, quantise, read_image, simulate,
                          square_face, to_tensor, to_uint8)
 from loss import krippendorff_alpha, mean_opinion_scores, psnr, score
-from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, FlipEnsemble, bicubic, device_name,
+from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, FlipEnsemble, bicubic,
                    interpolate, load_checkpoint, select_device, select_dtype, write_atomically)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
@@ -397,8 +397,15 @@ PRIVACY = f"""Your pictures stay on the computer that runs this page, in a tempo
 # Nothing on the page may ask another host for anything, whatever Gradio's templates refer to.
 POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 STYLE = """
-#compare img, #pixels img, #truth img, #invented img {image-rendering: pixelated}
-#stimulus img {width: min(100%, 384px); margin: auto}"""
+:root {--block-info-text-color: #52525b} .dark {--block-info-text-color: #a1a1aa}
+#photo img, #compare img, .pixels img {image-rendering: pixelated}
+#photo img, .pixels img {width: 100% !important; height: 100% !important; object-fit: contain}
+#desk {max-width: 640px; margin: auto}
+#stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto}
+#stimulus .icon-button-wrapper {display: none}
+#grades {flex-wrap: nowrap; gap: 6px} #grades button {font-size: .8rem; padding: 10px 2px}
+#pairs .grid-container button {aspect-ratio: 2}
+#results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal}"""
 KEYS = """<script>
 document.addEventListener("keydown", event => {      // 1 to 5 rate the picture of the Study tab
     const busy = event.repeat || event.ctrlKey || event.altKey || event.metaKey
@@ -441,9 +448,8 @@ class Workshop:
         with self.turn:
             return to_uint8(upscale(self.generator(round(strength, 2)), to_tensor([lr]).to(self.device)))[0]
 
-    def read(self, path, shrink=False):
+    def read(self, path, output, shrink=False):
         """Read an upload as a Picture. Raises DataError with a sentence that names the file without its folder."""
-        path = Path(path)
         if not path.exists():
             raise DataError(f"{path.name} has been deleted by now, as promised below; please give it again")
         try:
@@ -460,30 +466,30 @@ class Workshop:
                 (lr, hr), alpha = simulate(lr, self.scale, self.args.kernel, self.args.damage), None
         except DataError as error:
             raise DataError(str(error).replace(str(path), path.name)) from None
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
-        return Picture(path.stem, folder / f"{path.stem}_x{self.scale}.png", lr, alpha, hr)
+        return Picture(path.stem, output, lr, alpha, hr)
 
     def enlarge(self, path, strength, shrink, added):
         """Upscale one upload: (files of the bicubic and our result, pictures or None: LR, ground truth, what was
         invented, one line on what was done)."""
         started = time.monotonic()
-        picture = self.read(path, shrink)
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        picture = self.read(path, folder / f"{path.stem}_x{self.scale}.png", shrink)
         sr = self.upscale(picture.lr, strength)
         row, scores = compare(picture, sr, self.scale)
         invented = None
         if added:
             with self.turn:
                 invented = added_detail(self.generator(0.0), picture.lr, sr, self.device)
-        bicubic_file = picture.output.with_name("bicubic.png")
-        for file, result in ((picture.output, sr), (bicubic_file, list(row.values())[1])):
-            write_result(replace(picture, output=file), result, self.scale)
+        write_result(picture, sr, self.scale)
+        blurred = replace(picture, output=folder / "bicubic.png")
+        write_result(blurred, list(row.values())[1], self.scale)
         (height, width), (large_height, large_width) = picture.lr.shape[:2], sr.shape[:2]
         line = (f"{width} x {height} → {large_width} x {large_height} pixels in {time.monotonic() - started:.2f} s "
-                f"({device_name(self.device)})")
+                f"on the {self.device.type.upper()}")
         if scores:
             line += ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), "
                      "SSIM {ssim:.3f} (bicubic {ssim_bicubic:.3f})").format(**scores)
-        return (str(bicubic_file), str(picture.output)), picture.lr, picture.hr, invented, line
+        return (str(blurred.output), str(picture.output)), picture.lr, picture.hr, invented, line
 
     def enlarge_all(self, paths, strength):
         """Upscale many uploads: (files of pairs bicubic | ours with their names, ZIP or None, sentences on what
@@ -493,8 +499,7 @@ class Workshop:
         with zipfile.ZipFile(archive, "w") as pack:
             for path in paths:
                 try:
-                    picture = self.read(path)
-                    picture.output = choose_output(Path(Path(path).name), folder, taken)
+                    picture = self.read(path, choose_output(Path(path.name), folder, taken))
                     sr = self.upscale(picture.lr, strength)
                     write_result(picture, sr, self.scale)
                     pack.write(picture.output, picture.output.name)
@@ -518,13 +523,14 @@ def build_app(workshop, study):
         return f"**{error}**"
 
     def enlarge(photo, strength, shrink, added):
-        nothing = dict.fromkeys((slider, pixels, truth, invented))
+        nothing = {slider: None, pixels: None, truth: gr.Image(None, visible=False), status: "",
+                   invented: gr.Image(None, visible=False), download: gr.DownloadButton(interactive=False)}
         if photo is None:
-            return {**nothing, download: gr.DownloadButton(interactive=False), status: ""}
+            return nothing
         try:
-            pair, lr, hr, detail, line = workshop.enlarge(photo, strength, shrink, added)
+            pair, lr, hr, detail, line = workshop.enlarge(Path(photo), strength, shrink, added)
         except (DataError, CheckpointError, UsageError, OSError) as error:
-            return {**nothing, download: gr.DownloadButton(interactive=False), status: sentence(error)}
+            return nothing | {status: sentence(error)}
         return {slider: pair, pixels: lr, truth: gr.Image(hr, visible=hr is not None),
                 invented: gr.Image(detail, visible=detail is not None),
                 download: gr.DownloadButton(value=pair[1], interactive=True), status: line}
@@ -535,14 +541,14 @@ def build_app(workshop, study):
         if len(files) > FILES:
             return [], None, sentence(f"{len(files)} pictures are too many at once: the limit is {FILES}")
         files = progress.tqdm(files, desc="upscaling", unit="picture")
-        pairs, archive, problems = workshop.enlarge_all(files, strength)
+        pairs, archive, problems = workshop.enlarge_all(map(Path, files), strength)
         lines = [f"{len(pairs)} enlarged, {len(problems)} could not be read."] + [f"- {line}" for line in problems]
         return pairs, archive, "\n".join(lines)
 
     knob = functools.partial(
         gr.Slider, 0, 1, workshop.args.strength, step=0.05, label="Strength", interactive=workshop.has_knob,
         info="0: faithful and soft. 1: vivid and sharp, more of it invented.", buttons=[])
-    shown = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=220)
+    shown = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=220, elem_classes="pixels")
 
     with gr.Blocks(title="Face SRGAN", analytics_enabled=False, delete_cache=(60, KEPT * 60)) as app:
         gr.Markdown(INTRODUCTION)
@@ -550,12 +556,21 @@ def build_app(workshop, study):
             with gr.Row():
                 with gr.Column(scale=1, min_width=300):
                     photo = gr.Image(type="filepath", image_mode=None, label="Your picture", height=260,
-                                     buttons=[], sources=["upload", "clipboard", "webcam"])
+                                     buttons=[], sources=["upload", "clipboard", "webcam"], elem_id="photo")
                     # The file as it is, for read_image, which says what is wrong with it.
                     photo.preprocess = lambda payload: payload and payload.path
+                    shrink = gr.Checkbox(label="This is already sharp: shrink it first", render=False,
+                                         info="Then the truth is known, and shown beside the result.")
+                    samples = []
+                    for name, face in sample_faces().items():
+                        for hr in (False, True):
+                            path = workshop.folder / f"{name}{'_sharp' * hr}.png"
+                            write_png(path, face if hr else simulate(face, workshop.scale)[0])
+                            samples.append([str(path), hr])
+                    gr.Examples(samples, [photo, shrink], label="Or try one of these", example_labels=[
+                        "Astronaut", "Astronaut, sharp", "Grace Hopper", "Grace Hopper, sharp"])
                     strength = knob()
-                    shrink = gr.Checkbox(label="This is already sharp: shrink it first",
-                                         info="Then the truth is known and shown, too.")
+                    shrink.render()
                     added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob)
                 with gr.Column(scale=2, min_width=300):
                     slider = gr.ImageSlider(label="Bicubic (left) | ours (right): drag the line", type="filepath",
@@ -563,17 +578,9 @@ def build_app(workshop, study):
                     status = gr.Markdown(elem_id="status")
                     download = gr.DownloadButton("Download ours as PNG", variant="primary", interactive=False)
                     with gr.Row():
-                        pixels = shown(label="The small picture", elem_id="pixels")
-                        truth = shown(label="The truth", elem_id="truth", visible=False)
-                        invented = shown(label="What was invented", elem_id="invented", visible=False)
-            samples = []
-            for name, face in sample_faces().items():
-                for hr in (False, True):
-                    path = workshop.folder / f"{name}{'_sharp' * hr}.png"
-                    write_png(path, face if hr else simulate(face, workshop.scale)[0])
-                    samples.append([str(path), hr])
-            gr.Examples(samples, [photo, shrink], label="Or try one of these", example_labels=[
-                "Astronaut", "Astronaut, sharp", "Grace Hopper", "Grace Hopper, sharp"])
+                        pixels = shown(label="The small picture")
+                        truth = shown(label="The truth", visible=False)
+                        invented = shown(label="What was invented", visible=False)
             gr.on([photo.change, strength.change, shrink.input, added.input], enlarge,
                   [photo, strength, shrink, added], [slider, pixels, truth, invented, download, status],
                   trigger_mode="always_last", api_name="upscale", concurrency_id="upscale")
@@ -582,12 +589,12 @@ def build_app(workshop, study):
         with gr.Tab("Folder"):
             gr.Markdown(f"Up to {FILES} pictures at once, of {LIMIT:,} pixels each.")
             files = gr.File(file_count="multiple", label="Pictures", height=180)
-            with gr.Row():
-                folder_strength = knob()
-                go = gr.Button("Upscale all", variant="primary")
+            folder_strength = knob()
+            go = gr.Button("Upscale all", variant="primary")
             report = gr.Markdown()
             archive = gr.File(label="All results as one ZIP", interactive=False)
-            gallery = gr.Gallery(label="Bicubic (left) and ours (right)", columns=3, interactive=False, buttons=[])
+            gallery = gr.Gallery(label="Bicubic (left) and ours (right)", columns=2, object_fit="contain",
+                                 interactive=False, buttons=[], elem_id="pairs")
             go.click(enlarge_all, [files, folder_strength], [gallery, archive, report], api_name="folder")
         with gr.Tab("Study"):
             if study:
@@ -616,7 +623,7 @@ def serve(args):
         try:
             _, address, _ = app.launch(
                 server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True,
-                inbrowser=True, prevent_thread_lock=True, run_history=False, footer_links=["settings", "api"],
+                inbrowser=True, prevent_thread_lock=True, run_history=False, footer_links=["settings"],
                 theme=gr.themes.Default(font="system-ui", font_mono="ui-monospace"), css=STYLE, head=KEYS,
                 max_file_size="50mb", app_kwargs={"middleware": [Middleware(only_this_host)]})
         except OSError:
@@ -769,7 +776,7 @@ def build_study(study, folder, sentence):
             return str(error), None
         plot = Path(tempfile.mkdtemp(dir=folder)) / "mean_opinion_scores.png"
         plot_opinions(plot, lines)
-        table = ["| | mean opinion score | 95 % interval | ratings |", "|---|---|---|---|"]
+        table = ["| | mean score | 95 % interval | ratings |", "|---|---|---|---|"]
         table += [f"| {method} | {mean:.2f} | {low:.2f} to {high:.2f} | {number} |"
                   for method, mean, low, high, number in lines]
         return "\n".join(table) + "\n\n" + facts, str(plot)
@@ -779,11 +786,11 @@ def build_study(study, folder, sentence):
         name = gr.Textbox(label="Your name", max_lines=1, max_length=60)
         start = gr.Button("Start or continue", variant="primary")
     message = gr.Markdown()
-    with gr.Column(visible=False) as desk:
+    with gr.Column(visible=False, elem_id="desk") as desk:
         picture = gr.Image(show_label=False, format="png", interactive=False, buttons=[], container=False,
                            elem_id="stimulus")
-        with gr.Row():
-            buttons = [gr.Button(f"{n} {grade}", elem_id=f"rate-{n}", min_width=60)
+        with gr.Row(elem_id="grades"):
+            buttons = [gr.Button(f"{n} {grade}", elem_id=f"rate-{n}", min_width=40)
                        for n, grade in enumerate(GRADES, 1)]
     # Sent along with each rating: a key pressed twice must not rate a picture that nobody has seen yet.
     position = gr.Number(0, precision=0, visible="hidden")
@@ -792,9 +799,10 @@ def build_study(study, folder, sentence):
     for n, button in enumerate(buttons, 1):
         button.click(functools.partial(rate, n), [name, position], outputs, api_name=f"rate_{n}",
                      concurrency_id="study", show_progress="hidden")
-    with gr.Accordion("Results of all raters (for afterwards: they would bias you)", open=False):
+    with gr.Accordion("Results (look afterwards: they would bias you)", open=False):
         show = gr.Button("Show the results")
-        table, plot = gr.Markdown(), gr.Image(label="Mean opinion scores", interactive=False, type="filepath")
+        table = gr.Markdown(elem_id="results")
+        plot = gr.Image(show_label=False, interactive=False, buttons=["download"])
     show.click(results, None, [table, plot], api_name="results", concurrency_id="study")
 
 
@@ -818,7 +826,7 @@ def study_results(rows):
         table[raters.index(rater), faces.index(face), methods.index(method)] = np.mean(ratings)
         numbers[method] += len(ratings)
     alpha = krippendorff_alpha(table.reshape(len(raters), -1))
-    facts = (f"{len(rows)} ratings by {len(raters)} rater{'s' * (len(raters) != 1)} of {len(faces)} faces. "
+    facts = (f"Raters: {len(raters)}, faces: {len(faces)}, ratings: {len(rows)}. "
              + (f"Agreement between raters (Krippendorff's alpha: 1 is perfect, 0 is chance): {alpha:.2f}. "
                 if np.isfinite(alpha) else "Agreement between raters: not known yet. ")
              + (f"Seeing a picture again, a rater answered {np.mean(repeats):.2f} points apart on average "
