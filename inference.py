@@ -401,17 +401,26 @@ STYLE = """
 #photo img, #compare img, .pixels img {image-rendering: pixelated}
 #photo img, .pixels img {width: 100% !important; height: 100% !important; object-fit: contain}
 #desk {max-width: 640px; margin: auto}
-#stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto}
+#stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto;
+    object-fit: contain !important}
 #stimulus .icon-button-wrapper {display: none}
-#grades {flex-wrap: nowrap; gap: 6px} #grades button {font-size: .8rem; padding: 10px 2px}
+footer .divider {display: none}
+#grades {flex-wrap: nowrap; gap: 6px; align-items: stretch} #grades button {font: 500 min(.9rem, 3vw) system-ui; padding: 12px 2px}
 #pairs .grid-container button {aspect-ratio: 2}
 #results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal}"""
 KEYS = """<script>
-document.addEventListener("keydown", event => {      // 1 to 5 rate the picture of the Study tab
-    const busy = event.repeat || event.ctrlKey || event.altKey || event.metaKey
-        || event.target.closest("input, textarea");
+document.addEventListener("keydown", event => {
+    if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, textarea")) return;
     const button = /^[1-5]$/.test(event.key) && document.getElementById("rate-" + event.key);
-    if (!busy && button && button.offsetParent) button.click();
+    if (button && button.offsetParent && !event.repeat) button.click();
+    const line = document.querySelector("#compare [data-testid=slider]");
+    const step = {ArrowLeft: -16, ArrowRight: 16}[event.key];
+    if (line && line.offsetParent && step) {        // Gradio's slider knows the mouse alone
+        const {x, y, width} = line.getBoundingClientRect();
+        for (const [type, move] of [["mousedown", 0], ["mousemove", step], ["mouseup", step]])
+            (move ? window : line).dispatchEvent(new MouseEvent(
+                type, {clientX: x + width / 2 + move, clientY: y + 9, view: window, bubbles: true}));
+    }
 });
 </script>"""
 
@@ -573,7 +582,7 @@ def build_app(workshop, study):
                     shrink.render()
                     added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob)
                 with gr.Column(scale=2, min_width=300):
-                    slider = gr.ImageSlider(label="Bicubic (left) | ours (right): drag the line", type="filepath",
+                    slider = gr.ImageSlider(label="Bicubic | ours: drag the line, or use ← →", type="filepath",
                                             interactive=False, buttons=["fullscreen"], elem_id="compare")
                     status = gr.Markdown(elem_id="status")
                     download = gr.DownloadButton("Download ours as PNG", variant="primary", interactive=False)
@@ -594,7 +603,7 @@ def build_app(workshop, study):
             report = gr.Markdown()
             archive = gr.File(label="All results as one ZIP", interactive=False)
             gallery = gr.Gallery(label="Bicubic (left) and ours (right)", columns=2, object_fit="contain",
-                                 interactive=False, buttons=[], elem_id="pairs")
+                                 interactive=False, buttons=[], height="auto", elem_id="pairs")
             go.click(enlarge_all, [files, folder_strength], [gallery, archive, report], api_name="folder")
         with gr.Tab("Study"):
             if study:

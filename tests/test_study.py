@@ -23,7 +23,7 @@ def write(path, ratings):
 
 
 def test_krippendorffs_own_example():
-    """Four observers, twelve units, values missing: Krippendorff 2011, section E, 0.849 for interval data."""
+    """Four observers, twelve units, values missing: Krippendorff 2011, 0.849 for interval data."""
     ratings = [
         [1, 2, 3, 3, 2, 1, 4, 1, 2, NAN, NAN, NAN],
         [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, NAN, 3],
@@ -186,7 +186,7 @@ def test_what_the_study_shows(study, faces):
     nearest = np.array(small.resize((128, 128), Image.Resampling.NEAREST)).astype(int)
     assert np.abs(study.pictures[name, "nearest"] - nearest).max() <= 1
     blurred = np.array(small.resize((128, 128), Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(study.pictures[name, "bicubic"] - blurred).max() <= 2
+    assert np.abs(study.pictures[name, "bicubic"] - blurred).max() <= 3
     assert study.pictures[name, "SRResNet"].max() == 100 and study.pictures[name, "SRGAN"].min() == 101
 
 
