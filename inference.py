@@ -382,15 +382,15 @@ FILES = 200                 # pictures at a time in the Folder tab
 KEPT = 10                   # minutes until an uploaded picture and its result are deleted
 
 INTRODUCTION = """# Face SRGAN
-Give a small picture of a face, see it four times as large. **What is added is invented**: one of many faces
-that fit. It is no evidence of who somebody is and must never be used to identify anyone."""
+Give a small picture of a face, see it large and sharp. **What is added is invented**: one of many faces that
+fit. It is no evidence of who somebody is and must never be used to identify anyone."""
 WORDS = """
 - **Bicubic**: the ordinary way to enlarge a picture. It invents nothing and looks blurred.
 - **Strength**: 0 is the faithful network (SRResNet): soft, closest to the truth on average. 1 is the vivid one
   (SRGAN): sharp, because it invents what faces usually look like. Between them, the two are mixed.
-- **Shrink it first**: makes a sharp picture small, then enlarges it, so that the result can be held against the truth.
-- **PSNR** (in decibels) and **SSIM** (1 at most): how near a result is to the truth, pixel by pixel and in structure;
-  more is nearer. Sharp results often score lower than soft ones, which is why people have to look, too.
+- **Shrink it first**: makes a sharp picture small, then enlarges it: the result can be held against the truth.
+- **PSNR** (in decibels) and **SSIM** (1 at most): how near a result is to the truth, pixel by pixel and in
+  structure; more is nearer. Sharp results often score lower than soft ones: people have to look, too.
 - **What was invented**: the difference to the faithful result, three times as strong, around gray."""
 PRIVACY = f"""Your pictures stay on the computer that runs this page, in a temporary folder, and are deleted after
 {KEPT} minutes or when the program ends. Nothing is sent to anybody else."""
@@ -403,9 +403,9 @@ STYLE = """
 #desk {max-width: 640px; margin: auto}
 #stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto;
     object-fit: contain !important}
-#stimulus .icon-button-wrapper {display: none}
-footer .divider {display: none}
-#grades {flex-wrap: nowrap; gap: 6px; align-items: stretch} #grades button {font: 500 min(.9rem, 3vw) system-ui; padding: 12px 2px}
+#stimulus .icon-button-wrapper, footer .divider {display: none}
+#grades {flex-wrap: nowrap; gap: 6px; align-items: stretch}
+#grades button {font: 500 min(.9rem, 3vw) system-ui; padding: 12px 2px}
 #pairs .grid-container button {aspect-ratio: 2}
 #results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal}"""
 KEYS = """<script>
@@ -493,8 +493,8 @@ class Workshop:
         blurred = replace(picture, output=folder / "bicubic.png")
         write_result(blurred, list(row.values())[1], self.scale)
         (height, width), (large_height, large_width) = picture.lr.shape[:2], sr.shape[:2]
-        line = (f"{width} x {height} → {large_width} x {large_height} pixels in {time.monotonic() - started:.2f} s "
-                f"on the {self.device.type.upper()}")
+        line = (f"{width} x {height} → {large_width} x {large_height} pixels in "
+                f"{time.monotonic() - started:.2f} s on the {self.device.type.upper()}")
         if scores:
             line += ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), "
                      "SSIM {ssim:.3f} (bicubic {ssim_bicubic:.3f})").format(**scores)
@@ -513,10 +513,9 @@ class Workshop:
                     write_result(picture, sr, self.scale)
                     pack.write(picture.output, picture.output.name)
                     pair = np.hstack(list(compare(picture, sr, self.scale)[0].values())[1:])
-                    if pair.shape[1] > 1024:    # more than the gallery shows
-                        pair = cv2.resize(pair, None, fx=(f := 1024 / pair.shape[1]), fy=f,
-                                          interpolation=cv2.INTER_AREA)
-                    write_png(picture.output, pair)
+                    factor = min(1, 1024 / pair.shape[1])       # the gallery shows no more
+                    write_png(picture.output, cv2.resize(pair, None, fx=factor, fy=factor,
+                                                         interpolation=cv2.INTER_AREA))
                     pairs.append((str(picture.output), picture.output.name))
                 except (DataError, OSError) as error:
                     problems.append(str(error))
@@ -557,7 +556,8 @@ def build_app(workshop, study):
     knob = functools.partial(
         gr.Slider, 0, 1, workshop.args.strength, step=0.05, label="Strength", interactive=workshop.has_knob,
         info="0: faithful and soft. 1: vivid and sharp, more of it invented.", buttons=[])
-    shown = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=220, elem_classes="pixels")
+    shown = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=220,
+                              elem_classes="pixels")
 
     with gr.Blocks(title="Face SRGAN", analytics_enabled=False, delete_cache=(60, KEPT * 60)) as app:
         gr.Markdown(INTRODUCTION)
@@ -578,13 +578,14 @@ def build_app(workshop, study):
                             samples.append([str(path), hr])
                     gr.Examples(samples, [photo, shrink], label="Or try one of these", example_labels=[
                         "Astronaut", "Astronaut, sharp", "Grace Hopper", "Grace Hopper, sharp"])
+                    photo.keep_in_cache |= {path for path, _ in samples}        # not deleted after use
                     strength = knob()
                     shrink.render()
                     added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob)
                 with gr.Column(scale=2, min_width=300):
                     slider = gr.ImageSlider(label="Bicubic | ours: drag the line, or use ← →", type="filepath",
                                             interactive=False, buttons=["fullscreen"], elem_id="compare")
-                    status = gr.Markdown(elem_id="status")
+                    status = gr.Markdown()
                     download = gr.DownloadButton("Download ours as PNG", variant="primary", interactive=False)
                     with gr.Row():
                         pixels = shown(label="The small picture")
@@ -598,13 +599,12 @@ def build_app(workshop, study):
         with gr.Tab("Folder"):
             gr.Markdown(f"Up to {FILES} pictures at once, of {LIMIT:,} pixels each.")
             files = gr.File(file_count="multiple", label="Pictures", height=180)
-            folder_strength = knob()
-            go = gr.Button("Upscale all", variant="primary")
-            report = gr.Markdown()
+            same = knob()
+            go, report = gr.Button("Upscale all", variant="primary"), gr.Markdown()
             archive = gr.File(label="All results as one ZIP", interactive=False)
             gallery = gr.Gallery(label="Bicubic (left) and ours (right)", columns=2, object_fit="contain",
                                  interactive=False, buttons=[], height="auto", elem_id="pairs")
-            go.click(enlarge_all, [files, folder_strength], [gallery, archive, report], api_name="folder")
+            go.click(enlarge_all, [files, same], [gallery, archive, report], api_name="folder")
         with gr.Tab("Study"):
             if study:
                 build_study(study, workshop.folder, sentence)
@@ -647,8 +647,7 @@ def serve(args):
 
 # The blind study --------------------------------------------------------------------------------
 
-# As in section 3.3 of Ledig et al. 2017: people rate one picture at a time from 1 to 5, without knowing how
-# it was made.
+# Section 3.3 of Ledig et al. 2017: people rate pictures from 1 to 5, without knowing how each was made.
 METHODS = ("original", "nearest", "bicubic", "SRResNet", "SRGAN")
 GRADES = ("bad", "poor", "fair", "good", "excellent")
 FACES, REPEATS = 20, 10     # in a study; some pictures come twice, to see how consistent a rater is
@@ -659,7 +658,8 @@ original, or one of four ways to enlarge it. It is started with a folder of shar
     python inference.py --ui --study FOLDER"""
 STUDY_WELCOME = """You will see faces, one at a time. **How good does each picture look?** Give 1 (bad) to 5
 (excellent), with the buttons or the keys 1 to 5; go by your first impression. Each answer is saved at once: you
-may stop at any time, and continue later under the same name. The name is stored with the ratings: a nickname will do."""
+may stop at any time, and continue later under the same name. The name is stored with the ratings: a nickname
+will do."""
 
 
 def study_order(rater, seed, faces):
@@ -735,7 +735,9 @@ class Study:
             raise UsageError(f"--study {folder}: no pictures that can be read; expected a folder of sharp faces")
 
     def place(self, rater):
-        """Where a rater has arrived: (index, the whole order)."""
+        """Where a rater has arrived: (index, the whole order). Raises UsageError where that is nowhere."""
+        if not rater:
+            raise UsageError("Please give a name first, or a nickname")
         order = study_order(rater, self.seed, self.faces)
         rows = read_ratings(self.ratings) if self.ratings.exists() else []
         rows = [row for row in rows if (row["rater"], row["seed"]) == (rater, self.seed)]
@@ -757,26 +759,26 @@ def build_study(study, folder, sentence):
     import gradio as gr
 
     def ask(name):
-        """Show the next picture to the rater; the page learns nothing about how it was made."""
-        rater = " ".join(name.casefold().split())[:60]
-        if not rater:
-            return {message: sentence("Please give a name first, or a nickname")}
+        """Show a rater the next picture; the page learns nothing about how it was made."""
         try:
-            index, order = study.place(rater)
+            index, order = study.place(rater(name))
         except (UsageError, OSError) as error:
             return {message: sentence(error)}
-        done = index == len(order)
-        face, method, _ = order[min(index, len(order) - 1)]
-        return {welcome: gr.Column(visible=False), desk: gr.Column(visible=not done), position: index,
-                picture: None if done else study.pictures[face, method],
-                message: "**Done: thank you!** Everything is saved." if done else f"Picture {index + 1} of {len(order)}"}
+        if index == len(order):
+            return {welcome: gr.Column(visible=False), desk: gr.Column(visible=False),
+                    message: "**Done, thank you!** Everything is saved."}
+        return {welcome: gr.Column(visible=False), desk: gr.Column(visible=True), position: index,
+                picture: study.pictures[order[index][:2]], message: f"Picture {index + 1} of {len(order)}"}
 
     def rate(rating, name, index):
         try:
-            study.rate(" ".join(name.casefold().split())[:60], index, rating)
+            study.rate(rater(name), index, rating)
         except (UsageError, OSError) as error:
             return {message: sentence(f"This rating could not be saved: {error}")}
         return ask(name)
+
+    def rater(name):
+        return " ".join(name.casefold().split())[:60]
 
     def results():
         try:
@@ -849,7 +851,8 @@ def plot_opinions(path, lines):
     methods, means, lows, highs, _ = zip(*lines)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.errorbar(methods, means, [np.subtract(means, lows), np.subtract(highs, means)], fmt="o", capsize=5)
+    axes.vlines(methods, lows, highs, linewidth=3, alpha=0.5)
+    axes.plot(methods, means, "o")
     axes.set(ylim=(0.9, 5.1), yticks=range(1, 6), yticklabels=[f"{n} {grade}" for n, grade in enumerate(GRADES, 1)],
              title="Mean opinion score with its 95 % interval")
     axes.grid(axis="y", alpha=0.3)

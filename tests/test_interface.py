@@ -233,6 +233,10 @@ def test_a_face_in_the_browser(app, page, faces, tmp_path):
     page.locator("#photo input[type=file]").set_input_files(path)
     page.locator("#compare img").first.wait_for()
     page.get_by_text("128 x 128 → 512 x 512 pixels").wait_for()
+    line = page.locator("#compare [data-testid=slider]")
+    before = line.bounding_box()["x"]
+    page.locator("body").press("ArrowLeft")
+    assert line.bounding_box()["x"] < before - 5
     for key in ("ArrowLeft", "ArrowLeft"):
         page.get_by_role("slider", name="Strength").first.press(key)
     expected = command(app, tmp_path / "out", path, "--strength", 0.9)
@@ -291,7 +295,24 @@ def test_nothing_is_left_when_it_ends(app):
     assert list((app.folder / "tmp").glob("face-srgan-*")) == []
 
 
+def test_uploads_are_deleted_and_samples_stay(tmp_path, monkeypatch):
+    """What Gradio does every minute, done by hand: all files that went through a component are old now."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    from gradio.route_utils import delete_files_created_by_app
+
+    arguments = inference.parse_arguments(["--device", "cpu"])
+    app = inference.build_app(inference.Workshop(arguments, tmp_path), None)
+    assert app.delete_cache == (60, 600)
+    samples, upload = sorted(tmp_path.glob("*.png")), save(tmp_path / "upload.png")
+    assert len(samples) == 4
+    for block in app.blocks.values():
+        block.temp_files |= {str(path) for path in (*samples, upload)}
+    delete_files_created_by_app(app, None)
+    assert sorted(tmp_path.glob("*.png")) == samples
+
+
 def test_mistakes_are_one_sentence_and_status_2(tmp_path, capsys, monkeypatch, faces):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
     (tmp_path / "empty").mkdir()
     for call, word in {

@@ -87,7 +87,8 @@ def test_the_order_is_a_function_of_rater_and_seed():
 
 
 def test_ratings_survive_a_torn_line(tmp_path):
-    path = write(tmp_path / "new" / "ratings.csv", [("anna", "a, b.png", "SRGAN", 0, 4), ("bo", "c.png", "nearest", 1, 2)])
+    two = [("anna", "a, b.png", "SRGAN", 0, 4), ("bo", "c.png", "nearest", 1, 2)]
+    path = write(tmp_path / "new" / "ratings.csv", two)
     rows = read_ratings(path)
     assert list(rows[0]) == list(RATINGS) and rows[0]["face"] == "a, b.png" and rows[0]["rating"] == 4
     whole = path.read_bytes()
@@ -207,6 +208,8 @@ def test_rating_resuming_and_finishing(study, faces, tmp_path):
         rows = [row for row in csv.DictReader(file) if row["rater"] == "anna"]
     assert [(row["face"], row["method"], int(row["repeat"])) for row in rows] == order
     assert [row["rating"] for row in rows][:3] == ["4", "2", "3"] and rows[0]["seed"] == "3"
+    with pytest.raises(inference.UsageError, match="name"):
+        again.rate("", 0, 5)
     other = inference.Study(FakeWorkshop(), faces, tmp_path / "ratings.csv", 4)
     assert other.place("anna")[0] == 0  # another seed, another study
 
