@@ -406,7 +406,9 @@ STYLE = """
 #stimulus .icon-button-wrapper, footer .divider {display: none}
 #grades {flex-wrap: nowrap; gap: 6px; align-items: stretch}
 #grades button {font: 500 min(.9rem, 3vw) system-ui; padding: 12px 2px}
+#pairs .grid-wrap {max-height: none !important; height: auto !important}
 #pairs .grid-container button {aspect-ratio: 2}
+@media (max-width: 600px) {#pairs .grid-container {grid-template-columns: 1fr !important}}
 #results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal}"""
 KEYS = """<script>
 document.addEventListener("keydown", event => {
