@@ -580,7 +580,6 @@ def build_app(workshop, study):
                             samples.append([str(path), hr])
                     gr.Examples(samples, [photo, shrink], label="Or try one of these", example_labels=[
                         "Astronaut", "Astronaut, sharp", "Grace Hopper", "Grace Hopper, sharp"])
-                    photo.keep_in_cache |= {path for path, _ in samples}        # not deleted after use
                     strength = knob()
                     shrink.render()
                     added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob)
@@ -784,15 +783,12 @@ def build_study(study, folder, sentence):
 
     def results():
         try:
-            lines, facts = study_results(read_ratings(study.ratings))
-        except UsageError as error:
+            lines, text = study_results(read_ratings(study.ratings))
+        except (UsageError, OSError) as error:
             return str(error), None
         plot = Path(tempfile.mkdtemp(dir=folder)) / "mean_opinion_scores.png"
         plot_opinions(plot, lines)
-        table = ["| | mean score | 95 % interval | ratings |", "|---|---|---|---|"]
-        table += [f"| {method} | {mean:.2f} | {low:.2f} to {high:.2f} | {number} |"
-                  for method, mean, low, high, number in lines]
-        return "\n".join(table) + "\n\n" + facts, str(plot)
+        return text, str(plot)
 
     with gr.Column() as welcome:
         gr.Markdown(STUDY_WELCOME)
@@ -821,7 +817,8 @@ def build_study(study, folder, sentence):
 
 def study_results(rows):
     """Evaluate the rows of `read_ratings`: (a list of (method, mean opinion score, low and high end of its 95 %
-    interval, number of ratings), sentences on raters and agreement). Repeats count for consistency only."""
+    interval, number of ratings), the same as a Markdown table with sentences on raters and agreement). Repeats
+    count for consistency only."""
     cells, repeats = defaultdict(list), []
     for row in rows:
         key = row["rater"], row["face"], row["method"]
@@ -839,12 +836,17 @@ def study_results(rows):
         table[raters.index(rater), faces.index(face), methods.index(method)] = np.mean(ratings)
         numbers[method] += len(ratings)
     alpha = krippendorff_alpha(table.reshape(len(raters), -1))
-    facts = (f"Raters: {len(raters)}, faces: {len(faces)}, ratings: {len(rows)}. "
-             + (f"Agreement between raters (Krippendorff's alpha: 1 is perfect, 0 is chance): {alpha:.2f}. "
-                if np.isfinite(alpha) else "Agreement between raters: not known yet. ")
-             + (f"Seeing a picture again, a rater answered {np.mean(repeats):.2f} points apart on average "
-                f"({len(repeats)} repeats)." if repeats else "No repeats rated yet."))
-    return list(zip(methods, *mean_opinion_scores(table), numbers.values())), facts
+    lines = list(zip(methods, *mean_opinion_scores(table), numbers.values()))
+    text = ["| method   | mean score | 95 % interval | ratings |",
+            "|----------|------------|---------------|---------|"]
+    text += [f"| {method:8} | {mean:10.2f} |  {low:.2f} to {high:.2f} | {number:7} |"
+             for method, mean, low, high, number in lines]
+    text += ["", f"Raters: {len(raters)}, faces: {len(faces)}, ratings: {len(rows)}."]
+    text += [f"Agreement between raters (Krippendorff's alpha: 1 is perfect, 0 is chance): {alpha:.2f}."
+             if np.isfinite(alpha) else "Agreement between raters: not known yet."]
+    text += [f"Seeing a picture again, a rater answered {np.mean(repeats):.2f} points apart on average "
+             f"({len(repeats)} repeats)." if repeats else "No repeats rated yet."]
+    return lines, "\n".join(text)
 
 
 def plot_opinions(path, lines):
@@ -863,14 +865,11 @@ def plot_opinions(path, lines):
 
 def report_study(args):
     """Print and plot the results of a study; return the exit status."""
-    lines, facts = study_results(read_ratings(args.study_report))
+    lines, text = study_results(read_ratings(args.study_report))
     args.output.mkdir(parents=True, exist_ok=True)
     plot = choose_output(Path("mean_opinion_scores.png"), args.output, set())
     plot_opinions(plot, lines)
-    print(f"{'method':9} {'score':>5}  {'95 % interval':>14}  {'ratings':>7}")
-    for method, mean, low, high, number in lines:
-        print(f"{method:9} {mean:5.2f}  {low:5.2f} to {high:5.2f}  {number:7}")
-    print(f"{facts}\nPlot: {plot}")
+    print(f"{text}\nPlot: {plot}")
     return 0
 
 

@@ -207,7 +207,7 @@ def test_the_study_goes_on_where_it_was_left(app, client, faces):
     assert [(r["face"], r["method"], r["rating"]) for r in rows if r["rater"] == "bo"] == [(*order[0][:2], 5)]
     assert "name" in client.predict("  ", api_name="/start")[1]
     table, plot = client.predict(api_name="/results")
-    assert f"| {order[0][1]} |" in table and "Raters: 1" in table
+    assert f"| {order[0][1]} " in table and "Raters: 1" in table
     assert Image.open(plot).size[0] > 500
 
 
@@ -236,9 +236,11 @@ def test_a_face_in_the_browser(app, page, faces, tmp_path):
     line = page.locator("#compare [data-testid=slider]")
     before = line.bounding_box()["x"]
     page.locator("body").press("ArrowLeft")
-    assert line.bounding_box()["x"] < before - 5
+    moved = line.bounding_box()["x"]
+    assert moved < before - 5
     for key in ("ArrowLeft", "ArrowLeft"):
         page.get_by_role("slider", name="Strength").first.press(key)
+    assert line.bounding_box()["x"] == moved
     expected = command(app, tmp_path / "out", path, "--strength", 0.9)
     assert not np.array_equal(expected, command(app, tmp_path / "out", path))
     for _ in range(20):  # the knob is live: its result comes by itself
@@ -271,7 +273,7 @@ def test_ten_ratings_by_keyboard(app, page):
 
 def test_no_request_leaves_the_machine(app, page):
     """Runs after the tests above: nothing was asked of another host, and the page may not."""
-    assert len(page.requests) > 50
+    assert len(page.requests) > 10
     assert [url for url in page.requests if not url.startswith((app.url, "data:", "blob:"))] == []
     assert "default-src 'self'" in httpx.get(app.url).headers["content-security-policy"]
     blocked = "() => fetch('http://localhost:9/').then(() => 'sent', error => String(error))"
