@@ -529,7 +529,7 @@ def build_app(workshop, study):
     import gradio as gr
 
     def sentence(error):
-        gr.Warning(str(error), title="This cannot be done")
+        gr.Warning(str(error))
         return f"**{error}**"
 
     def enlarge(photo, strength, shrink, added):

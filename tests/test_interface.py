@@ -272,7 +272,7 @@ def test_ten_ratings_by_keyboard(app, page):
 
 
 def test_no_request_leaves_the_machine(app, page):
-    """Runs after the tests above: nothing was asked of another host, and the page may not."""
+    """In the tests above nothing was asked of another host; and the page is not allowed to."""
     assert len(page.requests) > 10
     assert [url for url in page.requests if not url.startswith((app.url, "data:", "blob:"))] == []
     assert "default-src 'self'" in httpx.get(app.url).headers["content-security-policy"]
@@ -289,8 +289,9 @@ def test_a_phone_is_wide_enough(page):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
 
 
-def test_nothing_is_left_when_it_ends(app):
-    """Runs last. Its uploads and results lay in one folder."""
+def test_nothing_is_left_when_it_ends(app, client, tmp_path):
+    """The last test of the running app. Uploads and results lie in one folder."""
+    upscale(client, save(tmp_path / "a.png"))
     folders = list((app.folder / "tmp").glob("face-srgan-*"))
     assert len(folders) == 1 and any(folders[0].rglob("*_x4.png"))
     app.stop()
