@@ -4,19 +4,28 @@
     python inference.py FOLDER photo.png                 # upscale files and folders into results/
     python inference.py LR_FOLDER --hr HR_FOLDER         # and score against the ground truth
     python inference.py HR_FOLDER --simulate             # reduce the pictures first, then the same
+    python inference.py --ui                             # all that in a browser
+    python inference.py --ui --study HR_FOLDER           # with a blind study: people rate pictures
+    python inference.py --study-report results/ratings.csv
 
 The functions are the only code path for upscaling and scoring; train.py calls them too.
 """
 import argparse
 import csv
+import functools
 import io
 import os
+import signal
 import sys
+import tempfile
+import threading
 import time
 import warnings
-from collections import deque
+import zipfile
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from itertools import chain, count, pairwise
 from pathlib import Path
 
@@ -28,7 +37,7 @@ from tqdm import tqdm
 
 from data_loader import (DAMAGES, KERNELS, DataError, downscale, find_images, quantise, read_image, simulate,
                          square_face, to_tensor, to_uint8)
-from loss import psnr, score
+from loss import krippendorff_alpha, mean_opinion_scores, psnr, score
 from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, FlipEnsemble, bicubic,
                    interpolate, load_checkpoint, select_device, select_dtype, write_atomically)
 
@@ -281,7 +290,8 @@ def load_generators(checkpoint, strength, both=False):
         return generator, None
     path = checkpoint.with_name(f"srresnet_x{generator.scale}.pth")
     if not path.exists():
-        raise UsageError(f"--strength and --added need {path}, the faithful network beside {checkpoint.name}")
+        raise UsageError(f"--strength, --added and --study need {path}, the faithful network beside "
+                         f"{checkpoint.name}")
     faithful, _ = load_checkpoint(path)
     return interpolate(faithful, generator, strength), faithful if both else None
 
@@ -295,6 +305,10 @@ def added_detail(faithful, lr, sr, device):
 
 def main(args):
     """Carry out the command; return the exit status: 0 all done, 1 some failed, 2 nothing done."""
+    if args.study_report:
+        return report_study(args)
+    if args.ui:
+        return serve(args)
     started = time.monotonic()
     problems = []
 
@@ -361,6 +375,506 @@ def report(scores, path):
         write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
+# The interface ----------------------------------------------------------------------------------
+
+LIMIT = 1_000_000           # pixels of a picture given to the interface; more would take minutes on a CPU
+FILES = 200                 # pictures at a time in the Folder tab
+KEPT = 10                   # minutes until an uploaded picture and its result are deleted
+
+INTRODUCTION = """# Face SRGAN
+Give a small picture of a face, see it large and sharp. **What is added is invented**: one of many faces that
+fit. It is no evidence of who somebody is and must never be used to identify anyone."""
+WORDS = """
+- **Bicubic**: the ordinary way to enlarge a picture. It invents nothing and looks blurred.
+- **Strength**: 0 is the faithful network (SRResNet): soft, closest to the truth on average. 1 is the vivid one
+  (SRGAN): sharp, because it invents what faces usually look like. Between them, the two are mixed.
+- **Shrink it first**: makes a sharp picture small, then enlarges it: the result can be held against the truth.
+- **PSNR** (in decibels) and **SSIM** (1 at most): how near a result is to the truth, pixel by pixel and in
+  structure; more is nearer. Sharp results often score lower than soft ones: people have to look, too.
+- **What was invented**: the difference to the faithful result, three times as strong, around gray."""
+PRIVACY = f"""Your pictures stay on the computer that runs this page, in a temporary folder, and are deleted after
+{KEPT} minutes or when the program ends. Nothing is sent to anybody else."""
+# Nothing on the page may ask another host for anything, whatever Gradio's templates refer to.
+POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+STYLE = """
+:root {--block-info-text-color: #52525b} .dark {--block-info-text-color: #a1a1aa}
+#photo img, #compare img, .pixels img {image-rendering: pixelated}
+#photo img, .pixels img {width: 100% !important; height: 100% !important; object-fit: contain}
+#desk {max-width: 640px; margin: auto}
+#stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto;
+    object-fit: contain !important}
+#stimulus .icon-button-wrapper, footer .divider {display: none}
+#grades {flex-wrap: nowrap; gap: 6px; align-items: stretch}
+#grades button {font: 500 min(.9rem, 3vw) system-ui; padding: 12px 2px}
+#pairs .grid-wrap {max-height: none !important; height: auto !important}
+#pairs .grid-container button {aspect-ratio: 2}
+@media (max-width: 600px) {#pairs .grid-container {grid-template-columns: 1fr !important}}
+#results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal}"""
+KEYS = """<script>
+document.addEventListener("keydown", event => {
+    if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, textarea")) return;
+    const button = /^[1-5]$/.test(event.key) && document.getElementById("rate-" + event.key);
+    if (button && button.offsetParent && !event.repeat) button.click();
+    const line = document.querySelector("#compare [data-testid=slider]");
+    const step = {ArrowLeft: -16, ArrowRight: 16}[event.key];
+    if (line && line.offsetParent && step) {        // Gradio's slider knows the mouse alone
+        const {x, y, width} = line.getBoundingClientRect();
+        for (const [type, move] of [["mousedown", 0], ["mousemove", step], ["mouseup", step]])
+            (move ? window : line).dispatchEvent(new MouseEvent(
+                type, {clientX: x + width / 2 + move, clientY: y + 9, view: window, bubbles: true}));
+    }
+});
+</script>"""
+
+
+def only_this_host(app):
+    """Wrap an ASGI app: the browser refuses every request of its pages to another host."""
+    async def wrapped(scope, receive, send):
+        def with_policy(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY)]
+            return send(message)
+        await app(scope, receive, with_policy)
+    return wrapped
+
+
+class Workshop:
+    """What the command does with a picture, for the interface: results lie in `folder`, and one network is at
+    work at a time, picture by picture, so that nobody's folder holds up somebody's face."""
+
+    def __init__(self, args, folder):
+        self.args, self.folder, self.turn = args, folder, threading.Lock()
+        self.device = select_device(args.device)
+        self.dtype = select_dtype(args.precision, self.device)
+        self.generator = functools.lru_cache(maxsize=24)(self._generator)       # the knob has 21 places
+        self.scale = self.generator(args.strength).scale
+        self.has_knob = args.checkpoint.with_name(f"srresnet_x{self.scale}.pth").exists()
+        self.upscale(np.zeros((32, 32, 3), np.uint8), args.strength)            # the first one is slow
+
+    def _generator(self, strength):
+        generator = load_generators(self.args.checkpoint, strength)[0].for_inference(self.dtype).to(self.device)
+        return FlipEnsemble(generator) if self.args.flip else generator
+
+    def upscale(self, lr, strength):
+        with self.turn:
+            return to_uint8(upscale(self.generator(round(strength, 2)), to_tensor([lr]).to(self.device)))[0]
+
+    def read(self, path, output, shrink=False):
+        """Read an upload as a Picture. Raises DataError with a sentence that names the file without its folder."""
+        if not path.exists():
+            raise DataError(f"{path.name} has been deleted by now, as promised below; please give it again")
+        try:
+            with Image.open(path) as image:     # reads no more than the size
+                width, height = image.size
+        except Exception:
+            width = height = 0                  # read_image says what is wrong
+        if width * height > LIMIT:
+            raise DataError(f"{path.name} has {width} x {height} pixels, too many: the limit is {LIMIT:,} in all, "
+                            "1000 x 1000 for instance; please cut out the face, or reduce the picture first")
+        try:
+            (lr, alpha), hr = read_image(path), None
+            if shrink:
+                (lr, hr), alpha = simulate(lr, self.scale, self.args.kernel, self.args.damage), None
+        except DataError as error:
+            raise DataError(str(error).replace(str(path), path.name)) from None
+        return Picture(path.stem, output, lr, alpha, hr)
+
+    def enlarge(self, path, strength, shrink, added):
+        """Upscale one upload: (files of the bicubic and our result, pictures or None: LR, ground truth, what was
+        invented, one line on what was done)."""
+        started = time.monotonic()
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        picture = self.read(path, folder / f"{path.stem}_x{self.scale}.png", shrink)
+        sr = self.upscale(picture.lr, strength)
+        row, scores = compare(picture, sr, self.scale)
+        invented = None
+        if added:
+            with self.turn:
+                invented = added_detail(self.generator(0.0), picture.lr, sr, self.device)
+        write_result(picture, sr, self.scale)
+        blurred = replace(picture, output=folder / "bicubic.png")
+        write_result(blurred, list(row.values())[1], self.scale)
+        (height, width), (large_height, large_width) = picture.lr.shape[:2], sr.shape[:2]
+        line = (f"{width} x {height} → {large_width} x {large_height} pixels in "
+                f"{time.monotonic() - started:.2f} s on the {self.device.type.upper()}")
+        if scores:
+            line += ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), "
+                     "SSIM {ssim:.3f} (bicubic {ssim_bicubic:.3f})").format(**scores)
+        return (str(blurred.output), str(picture.output)), picture.lr, picture.hr, invented, line
+
+    def enlarge_all(self, paths, strength):
+        """Upscale many uploads: (files of pairs bicubic | ours with their names, ZIP or None, sentences on what
+        cannot be read)."""
+        folder, taken, pairs, problems = Path(tempfile.mkdtemp(dir=self.folder)), set(), [], []
+        archive = folder / f"faces_x{self.scale}.zip"
+        with zipfile.ZipFile(archive, "w") as pack:
+            for path in paths:
+                try:
+                    picture = self.read(path, choose_output(Path(path.name), folder, taken))
+                    sr = self.upscale(picture.lr, strength)
+                    write_result(picture, sr, self.scale)
+                    pack.write(picture.output, picture.output.name)
+                    pair = np.hstack(list(compare(picture, sr, self.scale)[0].values())[1:])
+                    factor = min(1, 1024 / pair.shape[1])       # the gallery shows no more
+                    write_png(picture.output, cv2.resize(pair, None, fx=factor, fy=factor,
+                                                         interpolation=cv2.INTER_AREA))
+                    pairs.append((str(picture.output), picture.output.name))
+                except (DataError, OSError) as error:
+                    problems.append(str(error))
+        return pairs, str(archive) if pairs else None, problems
+
+
+def build_app(workshop, study):
+    """Build the page, a gr.Blocks; `study` is a Study or None."""
+    import gradio as gr
+
+    def sentence(error):
+        gr.Warning(str(error))
+        return f"**{error}**"
+
+    def enlarge(photo, strength, shrink, added):
+        nothing = {slider: None, pixels: None, truth: gr.Image(None, visible=False), status: "",
+                   invented: gr.Image(None, visible=False), download: gr.DownloadButton(interactive=False)}
+        if photo is None:
+            return nothing
+        try:
+            pair, lr, hr, detail, line = workshop.enlarge(Path(photo), strength, shrink, added)
+        except (DataError, CheckpointError, UsageError, OSError) as error:
+            return nothing | {status: sentence(error)}
+        return {slider: pair, pixels: lr, truth: gr.Image(hr, visible=hr is not None),
+                invented: gr.Image(detail, visible=detail is not None),
+                download: gr.DownloadButton(value=pair[1], interactive=True), status: line}
+
+    def enlarge_all(files, strength, progress=gr.Progress()):
+        if not files:
+            return [], None, "Choose some pictures first."
+        if len(files) > FILES:
+            return [], None, sentence(f"{len(files)} pictures are too many at once: the limit is {FILES}")
+        files = progress.tqdm(files, desc="upscaling", unit="picture")
+        pairs, archive, problems = workshop.enlarge_all(map(Path, files), strength)
+        lines = [f"{len(pairs)} enlarged, {len(problems)} could not be read."] + [f"- {line}" for line in problems]
+        return pairs, archive, "\n".join(lines)
+
+    knob = functools.partial(
+        gr.Slider, 0, 1, workshop.args.strength, step=0.05, label="Strength", interactive=workshop.has_knob,
+        info="0: faithful and soft. 1: vivid and sharp, more of it invented.", buttons=[])
+    shown = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=220,
+                              elem_classes="pixels")
+
+    with gr.Blocks(title="Face SRGAN", analytics_enabled=False, delete_cache=(60, KEPT * 60)) as app:
+        gr.Markdown(INTRODUCTION)
+        with gr.Tab("Upscale"):
+            with gr.Row():
+                with gr.Column(scale=1, min_width=300):
+                    photo = gr.Image(type="filepath", image_mode=None, label="Your picture", height=260,
+                                     buttons=[], sources=["upload", "clipboard", "webcam"], elem_id="photo")
+                    # The file as it is, for read_image, which says what is wrong with it.
+                    photo.preprocess = lambda payload: payload and payload.path
+                    shrink = gr.Checkbox(label="This is already sharp: shrink it first", render=False,
+                                         info="Then the truth is known, and shown beside the result.")
+                    samples = []
+                    for name, face in sample_faces().items():
+                        for hr in (False, True):
+                            path = workshop.folder / f"{name}{'_sharp' * hr}.png"
+                            write_png(path, face if hr else simulate(face, workshop.scale)[0])
+                            samples.append([str(path), hr])
+                    gr.Examples(samples, [photo, shrink], label="Or try one of these", example_labels=[
+                        "Astronaut", "Astronaut, sharp", "Grace Hopper", "Grace Hopper, sharp"])
+                    strength = knob()
+                    shrink.render()
+                    added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob)
+                with gr.Column(scale=2, min_width=300):
+                    slider = gr.ImageSlider(label="Bicubic | ours: drag the line, or use ← →", type="filepath",
+                                            interactive=False, buttons=["fullscreen"], elem_id="compare")
+                    status = gr.Markdown()
+                    download = gr.DownloadButton("Download ours as PNG", variant="primary", interactive=False)
+                    with gr.Row():
+                        pixels = shown(label="The small picture")
+                        truth = shown(label="The truth", visible=False)
+                        invented = shown(label="What was invented", visible=False)
+            gr.on([photo.change, strength.change, shrink.input, added.input], enlarge,
+                  [photo, strength, shrink, added], [slider, pixels, truth, invented, download, status],
+                  trigger_mode="always_last", api_name="upscale", concurrency_id="upscale")
+            with gr.Accordion("What do the words mean?", open=False):
+                gr.Markdown(WORDS)
+        with gr.Tab("Folder"):
+            gr.Markdown(f"Up to {FILES} pictures at once, of {LIMIT:,} pixels each.")
+            files = gr.File(file_count="multiple", label="Pictures", height=180)
+            same = knob()
+            go, report = gr.Button("Upscale all", variant="primary"), gr.Markdown()
+            archive = gr.File(label="All results as one ZIP", interactive=False)
+            gallery = gr.Gallery(label="Bicubic (left) and ours (right)", columns=2, object_fit="contain",
+                                 interactive=False, buttons=[], height="auto", elem_id="pairs")
+            go.click(enlarge_all, [files, same], [gallery, archive, report], api_name="folder")
+        with gr.Tab("Study"):
+            if study:
+                build_study(study, workshop.folder, sentence)
+            else:
+                gr.Markdown(STUDY_ABSENT)
+        gr.Markdown(PRIVACY)
+    return app.queue(default_concurrency_limit=1, max_size=256)
+
+
+def serve(args):
+    """Start the interface and stay until it is stopped; return the exit status."""
+    # Both are read when Gradio is imported or its components are made. What people upload is in a folder of
+    # our own, which is gone when we are.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="face-srgan-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            import gradio as gr
+            from starlette.middleware import Middleware
+        except ImportError:
+            raise UsageError("--ui needs Gradio: pip install -r requirements.txt") from None
+        workshop = Workshop(args, Path(folder))
+        app = build_app(workshop, Study(workshop, args.study, args.ratings, args.seed) if args.study else None)
+        try:
+            _, address, _ = app.launch(
+                server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True,
+                inbrowser=True, prevent_thread_lock=True, run_history=False, footer_links=["settings"],
+                theme=gr.themes.Default(font="system-ui", font_mono="ui-monospace"), css=STYLE, head=KEYS,
+                max_file_size="50mb", app_kwargs={"middleware": [Middleware(only_this_host)]})
+        except OSError:
+            raise UsageError(f"--host {args.host} --port {args.port or '7860 to 7959'}: cannot listen there; "
+                             "another program does, or the address is not this machine's") from None
+        print(f"Face SRGAN is at {address} on the {workshop.device.type}; Ctrl-C ends it", flush=True)
+        try:
+            threading.Event().wait()
+        finally:
+            app.close(verbose=False)
+
+
+# The blind study --------------------------------------------------------------------------------
+
+# Section 3.3 of Ledig et al. 2017: people rate pictures from 1 to 5, without knowing how each was made.
+METHODS = ("original", "nearest", "bicubic", "SRResNet", "SRGAN")
+GRADES = ("bad", "poor", "fair", "good", "excellent")
+FACES, REPEATS = 20, 10     # in a study; some pictures come twice, to see how consistent a rater is
+RATINGS = ("rater", "seed", "index", "face", "method", "repeat", "rating", "time")
+STUDY_ABSENT = """A blind study asks people how good pictures look, without telling them how each was made: the
+original, or one of four ways to enlarge it. It is started with a folder of sharp faces:
+
+    python inference.py --ui --study FOLDER"""
+STUDY_WELCOME = """You will see faces, one at a time. **How good does each picture look?** Give 1 (bad) to 5
+(excellent), with the buttons or the keys 1 to 5; go by your first impression. Each answer is saved at once: you
+may stop at any time, and continue later under the same name. The name is stored with the ratings: a nickname
+will do."""
+
+
+def study_order(rater, seed, faces):
+    """List what a rater is shown, as (face, method, repeat): every face in every method in random order, and in
+    the second half REPEATS pictures of the first half again, repeat = 1."""
+    rng = np.random.default_rng([seed, *rater.encode()])
+    shown = [(face, method, 0) for face in faces for method in METHODS]
+    shown = [shown[i] for i in rng.permutation(len(shown))]
+    first, second = shown[:len(shown) // 2], shown[len(shown) // 2:]
+    again = rng.choice(len(first), min(REPEATS, len(first)), replace=False)
+    second += [(*first[i][:2], 1) for i in again]
+    return first + [second[i] for i in rng.permutation(len(second))]
+
+
+def read_ratings(path):
+    """Read a file of ratings: a list of dicts, numbers as int. A last line that a crash has torn is left out."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file; ratings are given in --ui --study FOLDER") from None
+    header = ",".join(RATINGS).encode() + b"\n"
+    if not content.startswith(header) and not header.startswith(content):
+        raise UsageError(f"{path}: not a file of ratings; give another name with --ratings")
+    rows = []
+    try:
+        text = content[:content.rfind(b"\n") + 1].decode()
+        for row in csv.DictReader(io.StringIO(text, newline="")):
+            row |= {name: int(row[name]) for name in ("seed", "index", "repeat", "rating")}
+            if row["method"] not in METHODS or row["rating"] not in range(1, 6):
+                raise ValueError
+            rows.append(row)
+    except (ValueError, TypeError, csv.Error):
+        raise UsageError(f"{path}: line {len(rows) + 2} is damaged; correct or remove it") from None
+    return rows
+
+
+def append_rating(path, values):
+    """Add a line to a file of ratings, which is on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file, io.StringIO(newline="") as text:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)                # what a crash has torn
+        csv.writer(text, lineterminator="\n").writerows([values] if whole else [RATINGS, values])
+        file.write(text.getvalue().encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Study:
+    """The pictures of a study, who is to see which next, and the file of ratings."""
+
+    def __init__(self, workshop, folder, ratings, seed):
+        self.ratings, self.seed, self.faces, self.pictures = ratings, seed, [], {}
+        if ratings.exists():
+            read_ratings(ratings)
+        files = find_images(folder)
+        number = min(FACES, len(files))
+        for path in (files[i * len(files) // number] for i in range(number)):
+            try:
+                face = square_face(read_image(path)[0])
+            except DataError as error:
+                print(f"inference.py: {error}; left out", file=sys.stderr)
+                continue
+            name = path.relative_to(folder).as_posix()
+            lr, _ = simulate(face, workshop.scale)
+            ours = (workshop.upscale(lr, strength) for strength in (0, 1))
+            nearest = lr.repeat(workshop.scale, axis=0).repeat(workshop.scale, axis=1)
+            blurred = to_uint8(bicubic(to_tensor([lr]), workshop.scale))[0]
+            self.faces.append(name)
+            self.pictures |= zip(((name, method) for method in METHODS), (face, nearest, blurred, *ours))
+        if not self.faces:
+            raise UsageError(f"--study {folder}: no pictures that can be read; expected a folder of sharp faces")
+
+    def place(self, rater):
+        """Where a rater has arrived: (index, the whole order). Raises UsageError where that is nowhere."""
+        if not rater:
+            raise UsageError("Please give a name first, or a nickname")
+        order = study_order(rater, self.seed, self.faces)
+        rows = read_ratings(self.ratings) if self.ratings.exists() else []
+        rows = [row for row in rows if (row["rater"], row["seed"]) == (rater, self.seed)]
+        if [(row["index"], row["face"], row["method"], row["repeat"]) for row in rows] != [
+                (i, *shown) for i, shown in enumerate(order[:len(rows)])]:
+            raise UsageError(f"{rater} has rated other pictures in {self.ratings}; choose another name")
+        return len(rows), order
+
+    def rate(self, rater, index, rating):
+        """Save a rating of the picture at `index`, unless that has been rated already."""
+        place, order = self.place(rater)
+        if index == place < len(order):
+            append_rating(self.ratings, (rater, self.seed, index, *order[index], rating,
+                                         datetime.now(timezone.utc).isoformat(timespec="seconds")))
+
+
+def build_study(study, folder, sentence):
+    """Build the Study tab inside an open gr.Blocks."""
+    import gradio as gr
+
+    def ask(name):
+        """Show a rater the next picture; the page learns nothing about how it was made."""
+        try:
+            index, order = study.place(rater(name))
+        except (UsageError, OSError) as error:
+            return {message: sentence(error)}
+        if index == len(order):
+            return {welcome: gr.Column(visible=False), desk: gr.Column(visible=False),
+                    message: "**Done, thank you!** Everything is saved."}
+        return {welcome: gr.Column(visible=False), desk: gr.Column(visible=True), position: index,
+                picture: study.pictures[order[index][:2]], message: f"Picture {index + 1} of {len(order)}"}
+
+    def rate(rating, name, index):
+        try:
+            study.rate(rater(name), index, rating)
+        except (UsageError, OSError) as error:
+            return {message: sentence(f"This rating could not be saved: {error}")}
+        return ask(name)
+
+    def rater(name):
+        return " ".join(name.casefold().split())[:60]
+
+    def results():
+        try:
+            lines, text = study_results(read_ratings(study.ratings))
+        except (UsageError, OSError) as error:
+            return str(error), None
+        plot = Path(tempfile.mkdtemp(dir=folder)) / "mean_opinion_scores.png"
+        plot_opinions(plot, lines)
+        return text, str(plot)
+
+    with gr.Column() as welcome:
+        gr.Markdown(STUDY_WELCOME)
+        name = gr.Textbox(label="Your name", max_lines=1, max_length=60)
+        start = gr.Button("Start or continue", variant="primary")
+    message = gr.Markdown()
+    with gr.Column(visible=False, elem_id="desk") as desk:
+        picture = gr.Image(show_label=False, format="png", interactive=False, buttons=[], container=False,
+                           elem_id="stimulus")
+        with gr.Row(elem_id="grades"):
+            buttons = [gr.Button(f"{n} {grade}", elem_id=f"rate-{n}", min_width=40)
+                       for n, grade in enumerate(GRADES, 1)]
+    # Sent along with each rating: a key pressed twice must not rate a picture that nobody has seen yet.
+    position = gr.Number(0, precision=0, visible="hidden")
+    outputs = [welcome, desk, picture, message, position]
+    gr.on([start.click, name.submit], ask, name, outputs, api_name="start", concurrency_id="study")
+    for n, button in enumerate(buttons, 1):
+        button.click(functools.partial(rate, n), [name, position], outputs, api_name=f"rate_{n}",
+                     concurrency_id="study", show_progress="hidden")
+    with gr.Accordion("Results (look afterwards: they would bias you)", open=False):
+        show = gr.Button("Show the results")
+        table = gr.Markdown(elem_id="results")
+        plot = gr.Image(show_label=False, interactive=False, buttons=["download"])
+    show.click(results, None, [table, plot], api_name="results", concurrency_id="study")
+
+
+def study_results(rows):
+    """Evaluate the rows of `read_ratings`: (a list of (method, mean opinion score, low and high end of its 95 %
+    interval, number of ratings), the same as a Markdown table with sentences on raters and agreement). Repeats
+    count for consistency only."""
+    cells, repeats = defaultdict(list), []
+    for row in rows:
+        key = row["rater"], row["face"], row["method"]
+        if row["repeat"]:
+            repeats += [abs(row["rating"] - cells[key][-1])] if key in cells else []
+        else:
+            cells[key].append(row["rating"])
+    if not cells:
+        raise UsageError("There are no ratings yet")
+    raters, faces, methods = (sorted(set(part)) for part in zip(*cells))
+    methods.sort(key=METHODS.index)
+    table = np.full((len(raters), len(faces), len(methods)), np.nan)
+    numbers = dict.fromkeys(methods, 0)
+    for (rater, face, method), ratings in cells.items():
+        table[raters.index(rater), faces.index(face), methods.index(method)] = np.mean(ratings)
+        numbers[method] += len(ratings)
+    alpha = krippendorff_alpha(table.reshape(len(raters), -1))
+    lines = list(zip(methods, *mean_opinion_scores(table), numbers.values()))
+    text = ["| method   | mean score | 95 % interval | ratings |",
+            "|----------|------------|---------------|---------|"]
+    text += [f"| {method:8} | {mean:10.2f} |  {low:.2f} to {high:.2f} | {number:7} |"
+             for method, mean, low, high, number in lines]
+    text += ["", f"Raters: {len(raters)}, faces: {len(faces)}, ratings: {len(rows)}."]
+    text += [f"Agreement between raters (Krippendorff's alpha: 1 is perfect, 0 is chance): {alpha:.2f}."
+             if np.isfinite(alpha) else "Agreement between raters: not known yet."]
+    text += [f"Seeing a picture again, a rater answered {np.mean(repeats):.2f} points apart on average "
+             f"({len(repeats)} repeats)." if repeats else "No repeats rated yet."]
+    return lines, "\n".join(text)
+
+
+def plot_opinions(path, lines):
+    """Draw the mean opinion scores of `study_results` with their intervals."""
+    from matplotlib.figure import Figure
+    methods, means, lows, highs, _ = zip(*lines)
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.vlines(methods, lows, highs, linewidth=3, alpha=0.5)
+    axes.plot(methods, means, "o")
+    axes.set(ylim=(0.9, 5.1), yticks=range(1, 6), yticklabels=[f"{n} {grade}" for n, grade in enumerate(GRADES, 1)],
+             title="Mean opinion score with its 95 % interval")
+    axes.grid(axis="y", alpha=0.3)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": MARK}))
+
+
+def report_study(args):
+    """Print and plot the results of a study; return the exit status."""
+    lines, text = study_results(read_ratings(args.study_report))
+    args.output.mkdir(parents=True, exist_ok=True)
+    plot = choose_output(Path("mean_opinion_scores.png"), args.output, set())
+    plot_opinions(plot, lines)
+    print(f"{text}\nPlot: {plot}")
+    return 0
+
+
+# Arguments --------------------------------------------------------------------------------------
+
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(prog="inference.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -383,7 +897,26 @@ def parse_arguments(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="auto", choices=PRECISIONS, help=PRECISION_HELP)
     add("--batch-size", type=int, default=16, help="pictures of one size at a time [%(default)s]")
+    page = parser.add_argument_group("in a browser")
+    add = page.add_argument
+    add("--ui", action="store_true", help="open the interface in a browser, on this machine only")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in [%(default)s]")
+    add("--port", type=int, help="port to listen on [the first free one from 7860 on]")
+    add("--study", type=Path, metavar="DIR", help="HR faces for a blind study in the interface: people rate the "
+        "originals and four ways to enlarge them, without knowing which is which")
+    add("--ratings", type=Path, metavar="CSV", help="file that the ratings are appended to [results/ratings.csv]")
+    add("--seed", type=int, default=0, help="of the order in which a rater sees the pictures [%(default)s]")
+    add("--study-report", type=Path, metavar="CSV", help="print the mean opinion scores of a study, and plot them")
     args = parser.parse_args(argv)
+    args.ratings = args.ratings or args.output / "ratings.csv"
+    if args.study and not args.ui:
+        raise UsageError("--study needs --ui")
+    if args.ui and (args.inputs or args.hr or args.simulate):
+        raise UsageError("--ui takes its pictures in the browser: leave out INPUT, --hr and --simulate")
+    if args.port is not None and not 1 <= args.port <= 65535:
+        raise UsageError("--port must be from 1 to 65535")
+    if args.seed < 0:
+        raise UsageError("--seed must not be negative")
     if args.strength is None:
         args.strength = 1.0 if args.checkpoint else STRENGTH
     args.checkpoint = args.checkpoint or CHECKPOINT

@@ -44,3 +44,8 @@ def tiny_checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "tiny_x4.pth"
     save_checkpoint(path, Generator(blocks=1, channels=8), {})
     return path
+
+
+def pytest_configure(config):
+    """Say at the end which tests were left out, and why (pytest -rs)."""
+    config.option.reportchars += "s"

@@ -1,0 +1,342 @@
+"""The interface as people use it: the real command in a process of its own, through its API and in Chromium."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from gradio_client import Client, handle_file
+from PIL import Image
+
+import inference
+from data_loader import find_images, read_image
+from inference import CHECKPOINT
+from model import Generator, save_checkpoint
+
+ROOT = Path(inference.__file__).parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# Without the last ones, Chromium asks its maker's hosts for this and that.
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the process below: the number of threads decides how sums are rounded."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory, faces):
+    """`inference.py --ui --study` with a pair of tiny networks: its address, folders and a stop()."""
+    folder = tmp_path_factory.mktemp("app")
+    for seed, name in enumerate(("srresnet_x4.pth", "srgan_x4.pth")):
+        torch.manual_seed(seed)
+        generator = Generator(blocks=1, channels=8)
+        generator.tail.weight.data.mul_(20)
+        save_checkpoint(folder / name, generator, {})
+    (folder / "tmp").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--checkpoint", folder / "srgan_x4.pth", "--device", "cpu", "--output", folder / "results"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "inference.py", "--ui", "--port", str(port), "--study", faces, *flags],
+        env=os.environ | {"BROWSER": "true", "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def stop():
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+
+    try:
+        line = process.stdout.readline()
+        assert f"http://127.0.0.1:{port}/" in line
+        yield SimpleNamespace(
+            url=f"http://127.0.0.1:{port}/", port=port, folder=folder, flags=list(map(str, flags)), stop=stop
+        )
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(app):
+    return Client(app.url, verbose=False, analytics_enabled=False)
+
+
+def save(path, size=(12, 10), mode="RGB", seed=0):
+    """Write a picture of noise."""
+    shape = (size[1], size[0], len(mode))
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8), mode).save(path)
+    return path
+
+
+def command(app, output, *arguments):
+    """What `inference.py` writes for one file: (H, W, channels)."""
+    assert inference.run([*map(str, arguments), *app.flags, "--output", str(output)]) == 0
+    return np.array(Image.open(output / f"{Path(arguments[0]).stem}.png"))
+
+
+def upscale(client, path, strength=1.0, shrink=False, added=False):
+    """Call the Upscale tab: a namespace of pictures (None where there is none) and the line of text."""
+    *outputs, line = client.predict(handle_file(path), strength, shrink, added, api_name="/upscale")
+    files = [part["value"] if isinstance(part, dict) and "value" in part else part for part in outputs]
+    pair, *files = [None if isinstance(part, dict) else part for part in files]
+    pictures = [path and np.array(Image.open(path)) for path in (*(pair or (None, None)), *files)]
+    names = ("bicubic", "ours", "lr", "truth", "invented", "download")
+    return SimpleNamespace(line=line, **dict(zip(names, pictures)))
+
+
+def test_the_download_is_what_the_command_writes(app, client, tmp_path):
+    plain, glass = save(tmp_path / "a b.png"), save(tmp_path / "glass.png", mode="RGBA")
+    for path, strength in ((plain, 1), (plain, 0.35), (plain, 0), (glass, 0.5)):
+        result = upscale(client, path, strength)
+        expected = command(app, tmp_path / "out", path, "--strength", strength)
+        assert np.array_equal(result.download, expected) and np.array_equal(result.ours, expected)
+        assert result.truth is None and result.invented is None
+    assert result.bicubic.shape == (40, 48, 4)
+    assert np.array_equal(upscale(client, plain).lr, read_image(plain)[0])
+    assert re.fullmatch(r"12 x 10 → 48 x 40 pixels in \d\.\d\d s on the CPU", result.line)
+
+
+def test_shrink_first_shows_the_truth_and_scores(app, client, tmp_path):
+    path = save(tmp_path / "sharp.png", (42, 40))
+    result = upscale(client, path, shrink=True, added=True)
+    assert np.array_equal(result.download, command(app, tmp_path / "out", path, "--simulate"))
+    assert np.array_equal(result.truth, read_image(path)[0][:, :40]) and result.lr.shape == (10, 10, 3)
+    row = (tmp_path / "out" / "metrics.csv").read_text().splitlines()[1].split(",")
+    assert f"PSNR {float(row[1]):.2f} dB" in result.line and f"SSIM {float(row[2]):.3f}" in result.line
+    faithful = command(app, tmp_path / "out", path, "--simulate", "--strength", 0)
+    difference = np.clip((result.ours.astype(int) - faithful) * 3 + 128, 0, 255)
+    assert np.abs(difference - result.invented).max() <= 1 and difference.std() > 5
+
+
+def test_pictures_that_cannot_be_used_get_a_sentence(client, app, tmp_path):
+    good = save(tmp_path / "good.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "cut.jpg").write_bytes(save(tmp_path / "whole.png", (60, 60)).read_bytes()[:900])
+    save(tmp_path / "large.png", (1001, 1000))
+    for name, reason in {
+        "empty.png": "not a picture",
+        "text.png": "not a picture",
+        "cut.jpg": "cannot be read",
+        "large.png": "the limit is 1,000,000",
+    }.items():
+        result = upscale(client, tmp_path / name)
+        assert name in result.line and reason in result.line and "/" not in result.line, name
+        assert result.ours is result.lr is result.download is None
+    assert "too small" in upscale(client, save(tmp_path / "dot.png", (3, 3)), shrink=True).line
+    assert client.predict(None, 1, False, False, api_name="/upscale")[-1] == ""
+    with pytest.raises(Exception, match="(?i)strength|maximum"):
+        upscale(client, good, strength=7)
+    assert upscale(client, good).ours is not None
+
+
+def test_files_of_the_machine_are_out_of_reach(app, client):
+    """A request may name what was uploaded, nothing else."""
+    path = str(next(iter(find_images(ROOT / "checkpoints"))))
+    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, 1.0, False, False]
+    event = httpx.post(f"{app.url}gradio_api/call/upscale", json={"data": data}).json()["event_id"]
+    answer = httpx.get(f"{app.url}gradio_api/call/upscale/{event}", timeout=20).text
+    assert "event: error" in answer and "pixels" not in answer
+    assert httpx.get(f"{app.url}gradio_api/file={path}").status_code == 403
+
+
+def test_sixteen_people_at_once(app, tmp_path):
+    """Each gets the result of their own picture."""
+    paths = [save(tmp_path / f"{i}.png", (8 + i, 9), seed=i) for i in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        results = list(
+            pool.map(lambda path: upscale(Client(app.url, verbose=False, analytics_enabled=False), path), paths)
+        )
+    for path, result in zip(paths, results):
+        assert np.array_equal(result.download, command(app, tmp_path / "out", path))
+
+
+def test_a_folder(app, client, tmp_path):
+    paths = [save(tmp_path / f"{i}.png", (9, 7), seed=i) for i in range(3)]
+    (tmp_path / "other.png").write_text("hello")
+    files = [handle_file(path) for path in (*paths, tmp_path / "other.png")]
+    pairs, archive, report = client.predict(files, 0.5, api_name="/folder")
+    assert [pair["caption"] for pair in pairs] == ["0.png", "1.png", "2.png"]
+    assert np.array(Image.open(pairs[0]["image"])).shape == (28, 72, 3)
+    assert report == "3 enlarged, 1 could not be read.\n- other.png: not a picture, or damaged"
+    with zipfile.ZipFile(archive) as pack:
+        assert pack.namelist() == ["0.png", "1.png", "2.png"]
+        for path in paths:
+            with pack.open(path.name) as file:
+                expected = command(app, tmp_path / "out", path, "--strength", 0.5)
+                assert np.array_equal(np.array(Image.open(file)), expected)
+    assert client.predict([], 0.5, api_name="/folder")[-1] == "Choose some pictures first."
+    assert client.predict([files[-1]], 0.5, api_name="/folder")[1] is None
+
+
+def test_the_study_goes_on_where_it_was_left(app, client, faces):
+    """Nothing that reaches the rater names a method; a rating sent twice counts once."""
+    order = inference.study_order("bo", 0, [path.name for path in find_images(faces)])
+    picture, text, index = client.predict(" Bo ", api_name="/start")
+    assert (text, index) == ("Picture 1 of 70", 0)
+    client.predict("bo", 0, api_name="/rate_5")
+    picture, text, index = client.predict("BO", 0, api_name="/rate_1")
+    assert (text, index) == ("Picture 2 of 70", 1) and Path(picture).name == "image.png"
+    if order[1][1] == "original":
+        assert np.array_equal(np.array(Image.open(picture)), read_image(faces / order[1][0])[0])
+    again = Client(app.url, verbose=False, analytics_enabled=False)
+    assert again.predict("bo", api_name="/start")[1:] == ("Picture 2 of 70", 1)
+    rows = inference.read_ratings(app.folder / "results" / "ratings.csv")
+    assert [(r["face"], r["method"], r["rating"]) for r in rows if r["rater"] == "bo"] == [(*order[0][:2], 5)]
+    assert "name" in client.predict("  ", api_name="/start")[1]
+    table, plot = client.predict(api_name="/results")
+    assert f"| {order[0][1]} " in table and "Raters: 1" in table
+    assert Image.open(plot).size[0] > 500
+
+
+@pytest.fixture(scope="module")
+def page(app):
+    """A page of the app in Chromium, with the list of its requests in `page.requests`."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("the browser tests need Chromium, and none is installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.requests = []
+        page.on("request", lambda request: page.requests.append(request.url))
+        page.goto(app.url)
+        yield page
+        browser.close()
+
+
+def test_a_face_in_the_browser(app, page, faces, tmp_path):
+    """Upload, wait for the slider, turn the knob, download: the pixels of the command."""
+    path = find_images(faces)[0]
+    page.locator("#photo input[type=file]").set_input_files(path)
+    page.locator("#compare img").first.wait_for()
+    page.get_by_text("128 x 128 → 512 x 512 pixels").wait_for()
+    line = page.locator("#compare [data-testid=slider]")
+    before = line.bounding_box()["x"]
+    page.locator("body").press("ArrowLeft")
+    moved = line.bounding_box()["x"]
+    assert moved < before - 5
+    for key in ("ArrowLeft", "ArrowLeft"):
+        page.get_by_role("slider", name="Strength").first.press(key)
+    assert line.bounding_box()["x"] == moved
+    expected = command(app, tmp_path / "out", path, "--strength", 0.9)
+    assert not np.array_equal(expected, command(app, tmp_path / "out", path))
+    for _ in range(20):  # the knob is live: its result comes by itself
+        with page.expect_download() as download:
+            page.get_by_text("Download ours as PNG").click()
+        result = np.array(Image.open(download.value.path()))
+        if np.array_equal(result, expected):
+            break
+        page.wait_for_timeout(200)
+    assert np.array_equal(result, expected)
+    assert download.value.suggested_filename == f"{path.stem}_x4.png"
+
+
+def test_ten_ratings_by_keyboard(app, page):
+    page.get_by_role("tab", name="Study").click()
+    page.get_by_label("Your name").fill("cy")
+    page.keyboard.press("Enter")
+    page.get_by_text("Picture 1 of 70").wait_for()
+    for i in range(10):
+        for key in ("6", "a", "Control+3", str(i % 5 + 1)):  # only the last one rates
+            page.keyboard.press(key)
+        page.get_by_text(f"Picture {i + 2} of 70").wait_for()
+    rows = inference.read_ratings(app.folder / "results" / "ratings.csv")
+    assert [row["rating"] for row in rows if row["rater"] == "cy"] == [1, 2, 3, 4, 5] * 2
+    page.get_by_text("Results").first.click()
+    page.get_by_role("button", name="Show the results").click()
+    page.locator("#results table").wait_for()
+    assert "Raters:" in page.locator("#results").inner_text()
+
+
+def test_no_request_leaves_the_machine(app, page):
+    """In the tests above nothing was asked of another host; and the page is not allowed to."""
+    assert len(page.requests) > 10
+    assert [url for url in page.requests if not url.startswith((app.url, "data:", "blob:"))] == []
+    assert "default-src 'self'" in httpx.get(app.url).headers["content-security-policy"]
+    blocked = "() => fetch('http://localhost:9/').then(() => 'sent', error => String(error))"
+    with page.expect_console_message(lambda message: "Content Security Policy" in message.text):
+        assert page.evaluate(blocked) != "sent"
+
+
+def test_a_phone_is_wide_enough(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    for tab in ("Upscale", "Folder", "Study"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(200)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+
+
+def test_nothing_is_left_when_it_ends(app, client, tmp_path):
+    """The last test of the running app. Uploads and results lie in one folder."""
+    upscale(client, save(tmp_path / "a.png"))
+    folders = list((app.folder / "tmp").glob("face-srgan-*"))
+    assert len(folders) == 1 and any(folders[0].rglob("*_x4.png"))
+    app.stop()
+    assert list((app.folder / "tmp").glob("face-srgan-*")) == []
+
+
+def test_uploads_are_deleted_and_samples_stay(tmp_path, monkeypatch):
+    """What Gradio does every minute, done by hand: all files that went through a component are old now."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    from gradio.route_utils import delete_files_created_by_app
+
+    arguments = inference.parse_arguments(["--device", "cpu"])
+    app = inference.build_app(inference.Workshop(arguments, tmp_path), None)
+    assert app.delete_cache == (60, 600)
+    samples, upload = sorted(tmp_path.glob("*.png")), save(tmp_path / "upload.png")
+    assert len(samples) == 4
+    for block in app.blocks.values():
+        block.temp_files |= {str(path) for path in (*samples, upload)}
+    delete_files_created_by_app(app, None)
+    assert sorted(tmp_path.glob("*.png")) == samples
+
+
+def test_mistakes_are_one_sentence_and_status_2(tmp_path, capsys, monkeypatch, faces):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "empty").mkdir()
+    for call, word in {
+        ("--study", faces): "--ui",
+        ("--ui", "a.png"): "INPUT",
+        ("--ui", "--port", "0"): "--port",
+        ("--ui", "--study", tmp_path / "absent"): "absent",
+        ("--ui", "--study", tmp_path / "empty"): "empty",
+        ("--ui", "--study", faces, "--ratings", tmp_path / "mine.csv"): "mine.csv",
+        ("--ui", "--checkpoint", tmp_path / "absent.pth"): "absent.pth",
+    }.items():
+        assert inference.run([*map(str, call), "--device", "cpu", "--output", str(tmp_path)]) == 2, call
+        error = capsys.readouterr().err
+        assert len(error.strip().splitlines()) == 1 and word in error, call
+    assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert inference.run(["--ui", "--port", str(port), "--checkpoint", str(CHECKPOINT), "--device", "cpu"]) == 2
+    assert str(port) in capsys.readouterr().err.strip().splitlines()[-1]
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert inference.run(["--ui", "--device", "cpu"]) == 2
+    assert "pip install" in capsys.readouterr().err
