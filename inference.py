@@ -44,7 +44,7 @@ from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Fli
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 STRENGTH = 1.0              # of the shipped weights; chosen on the validation faces
 MARK = "face-srgan"         # the PNG field "Software" of every result: results are never inputs
-TILE, OVERLAP = 384, 24     # LR pixels; what lies further away changes a pixel by under a grey level
+TILE, OVERLAP = 384, 20     # LR pixels; what lies further away changes a pixel by under a grey level
 WRITERS = 8                 # threads that compress PNGs; as many pictures wait to be written
 SHOWN = 8                   # pictures in the comparison figure
 HEADER = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic",

@@ -1,7 +1,7 @@
 """Train a face SRGAN: SRResNet on the pixel loss first, then SRGAN from it.
 
     python train.py --dry-run                                   # the whole line in seconds
-    python train.py --train-dir thumbnails128x128               # the recipe of the shipped weights
+    python train.py --train-dir thumbnails128x128               # both stages
     python train.py --output checkpoints --resume               # go on after any interruption
     torchrun --nproc-per-node 2 train.py --train-dir ...        # several processes
 
