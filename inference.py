@@ -244,26 +244,16 @@ def write_result(picture, sr, scale):
     write_png(picture.output, sr)
 
 
-def write_results(results, scale, failed):
-    """Write pairs (picture, sr) on threads, while the network works on the next; yield each pair when
-    its file is there."""
+def write_results(results, scale):
+    """Write pairs (picture, sr) on threads, while the network works on the next and the first are compared;
+    yield (picture, sr, future of the writing)."""
     writing = deque()
-
-    def settled(at_most):
-        while len(writing) > at_most:
-            picture, sr, future = writing.popleft()
-            try:
-                future.result()
-            except OSError as error:
-                failed(f"{picture.output}: cannot be written ({error.strerror})")
-            else:
-                yield picture, sr
-
     with ThreadPoolExecutor(WRITERS) as pool:
         for picture, sr in results:
             writing.append((picture, sr, pool.submit(write_result, picture, sr, scale)))
-            yield from settled(WRITERS)
-        yield from settled(0)
+            if len(writing) > WRITERS:
+                yield writing.popleft()
+        yield from writing
 
 
 def compare(picture, sr, scale):
@@ -337,17 +327,23 @@ def main(args):
                            for name in ("comparison.png", "metrics.csv"))
     pictures = read_pictures(args, files, generator.scale, taken, failed)
     results = upscale_pictures(generator, pictures, device, args.batch_size)
-    for picture, sr in tqdm(write_results(results, generator.scale, failed), "upscaling",
-                            len(files) or None, unit="picture", leave=False, disable=None):
-        done += 1
+    for picture, sr, writing in tqdm(write_results(results, generator.scale), "upscaling", len(files) or None,
+                                     unit="picture", leave=False, disable=None):
+        row, line = None, {}
         if picture.hr is not None or len(sheet) < SHOWN:
             row, line = compare(picture, sr, generator.scale)
-            if line:
-                scores[picture.name] = line
-            if len(sheet) < SHOWN:
-                if faithful is not None:
-                    row["added detail\nx3, from gray"] = added_detail(faithful, picture.lr, sr, device)
-                sheet[picture.name] = row
+        try:
+            writing.result()
+        except OSError as error:
+            failed(f"{picture.output}: cannot be written ({error.strerror})")
+            continue
+        done += 1
+        if line:
+            scores[picture.name] = line
+        if len(sheet) < SHOWN:
+            if faithful is not None:
+                row["added detail\nx3, from gray"] = added_detail(faithful, picture.lr, sr, device)
+            sheet[picture.name] = row
     if sheet:
         plot_comparison(comparison, [sheet[name] for name in sorted(sheet)])
     if scores:
