@@ -149,6 +149,12 @@ class Stage:
         pretrained = args.output / f"srresnet_x{args.scale}.pth"
         start = pretrained if self.gan and pretrained.exists() else args.init
         self.pretraining = self.start_from(start, generator) if start else {}
+        if args.fixed_batch_norm:
+            if not start:
+                raise TrainingError("--fixed-batch-norm keeps the statistics of trained weights: give them with --init")
+            for module in generator.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.eval()
         if self.gan and not start and self.main_process:
             print(f"there is no {pretrained}: the generator of SRGAN starts untrained")
         self.ema = copy.deepcopy(generator).requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -170,6 +176,9 @@ class Stage:
                                            args.adversarial_weight, args.tv_weight, features)
         else:
             self.criterion = GeneratorLoss(pixel=1, tv=args.tv_weight)
+        if args.compile:
+            for module in (self.generator, self.discriminator, self.criterion):
+                module.compile()
 
         # Setup optimisers:
         self.g_optimizer = torch.optim.Adam(self.generator.parameters(), fused=True)
@@ -426,6 +435,8 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="auto", choices=PRECISIONS, help=PRECISION_HELP)
+    add("--compile", action="store_true", help="compile the networks: faster steps after a minute or two; needs a "
+        "C++ compiler")
     add("--val-every", type=int, default=500, metavar="STEPS", help="validate and save the state [%(default)s]")
     add("--save-every", type=int, default=200, metavar="STEPS", help="save the state [%(default)s]")
 
@@ -443,6 +454,8 @@ def parse_arguments(argv=None):
         "and steps are for this whole batch too [%(default)s]")
     add("--patch-size", type=int, default=96, help="HR pixels: a multiple of the scale, 16 to 128 [%(default)s]")
     add("--degradation", default="mixed", choices=["bicubic", "mixed"], help="how LR is made [%(default)s]")
+    add("--fixed-batch-norm", action="store_true", help="batch norm of the generator keeps the statistics it starts "
+        "with: to go on training good weights, faster and with small batches")
     add("--lr", type=float, default=4e-4, help="learning rate of SRResNet (Adam, cosine to a hundredth) [%(default)s]")
     add("--gan-lr", type=float, default=1e-4, help="learning rate of both networks of SRGAN [%(default)s]")
     add("--pixel-weight", type=float, default=1.0, help="of the mean squared error in SRGAN [%(default)s]")
@@ -497,6 +510,8 @@ def run(argv=None):
         sys.exit(130)
     except (CheckpointError, DataError, DeviceError, LossError, TrainingError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except torch._dynamo.exc.TorchDynamoException as error:
+        sys.exit(f"train.py: the networks cannot be compiled ({str(error).splitlines()[0]}); leave out --compile")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

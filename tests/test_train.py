@@ -399,6 +399,43 @@ def test_torchrun(flags, tmp_path):
     assert load_plain(tmp_path / "out" / train.STATE)["stage"] == "srgan"
 
 
+def test_fixed_batch_norm_trains_all_but_the_statistics(stage, tmp_path):
+    torch.manual_seed(0)
+    trained = Generator(blocks=1, channels=8)
+    for name, value in trained.named_buffers():
+        value.copy_(torch.rand_like(value.float()) + 0.5)
+    train.save_checkpoint(tmp_path / "init.pth", trained, {})
+    tuning = stage("srgan", "--init", str(tmp_path / "init.pth"), "--fixed-batch-norm")
+    for _ in range(2):
+        tuning.train_step()
+    for network in (tuning.generator, tuning.ema):
+        after = network.state_dict()
+        for name, value in trained.named_buffers():
+            assert torch.equal(after[name], value), name
+        for name, value in trained.named_parameters():
+            assert not torch.equal(after[name], value), name
+    # D's statistics are its own, and move.
+    assert all(value.any() for name, value in tuning.discriminator.named_buffers() if "mean" in name)
+
+
+def test_compiled_networks_train_the_same(stage):
+    """Three steps of every loss, compiled and not, to rounding."""
+    plain, compiled = (changes_of(stage("srgan", "--precision", "float32", *more)) for more in ([], ["--compile"]))
+    for key, expected in plain.items():
+        assert (compiled[key] - expected).norm() < 0.01 * expected.norm(), key
+
+
+def test_without_a_compiler_one_sentence(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--dry-run", "--compile", "--device", "cpu"],
+        capture_output=True, text=True,
+        env=os.environ | {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("train.py: the networks cannot be compiled"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_users_mistakes_are_one_sentence(flags, tmp_path):
     (tmp_path / "empty").mkdir()
     train.run([*flags, "--pretrain-steps", "1", "--gan-steps", "0"])
@@ -412,6 +449,7 @@ def test_users_mistakes_are_one_sentence(flags, tmp_path):
         [*flags, "--lr", "-1"],
         [*flags, "--pretrain-steps", "0", "--gan-steps", "0"],
         [*flags, "--device", "cuda:99"],
+        [*flags, "--fixed-batch-norm"],
         [*flags, "--vgg-weights", str(tmp_path / "absent.pth")],
         [*flags, "--vgg-layer", "conv5_4"],
         ["--resume", "--output", str(tmp_path / "empty")],
