@@ -66,6 +66,16 @@ def learning_rate(step, steps):
     return min(1, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
+def shifted(step, *pictures):
+    """Cut (N, C, H, W) pictures to (H - 4, W - 4) at one of 16 offsets, another at each step.
+
+    The pooling of VGG and the strides of D repeat every 2, 4, ... pixels. If their grid always fell on the same
+    pixels, the generator would learn a pattern in step with it, a faint regular texture."""
+    y, x = divmod(step * 7 % 16, 4)
+    return [picture[..., y:picture.shape[2] - 4 + y, x:picture.shape[3] - 4 + x].contiguous(
+        memory_format=torch.channels_last) for picture in pictures]
+
+
 def validate(generator, faces, device, features=None):
     """Reduce (N, 3, 128, 128) uint8 faces, upscale and score them as inference.py does.
 
@@ -104,12 +114,12 @@ def plot_curves(log, path):
     for stage in dict.fromkeys(line["stage"] for line in lines):
         last = [line for line in lines if line["stage"] == stage][-1]
         draw(psnr, stage, stage, lambda line: line["psnr"])
-        draw(psnr, "bicubic", stage, lambda line: line["psnr_bicubic"])
         if "vgg" in last:
             draw(vgg, stage, stage, lambda line: line["vgg"])
         for name in last["train"]:
             draw(outputs if name.startswith("d_") else losses, f"{name}, {stage}", stage,
                  lambda line, name=name: line["train"][name])
+    psnr.axhline(lines[-1]["psnr_bicubic"], color="gray", label="bicubic")
     losses.set_yscale("log")
     outputs.set_ylim(0, 1)
     for title, axes in panels.items():
@@ -128,7 +138,6 @@ class Stage:
         self.name, self.args, self.device, self.features = name, args, device, features
         self.gan = name == "srgan"
         self.steps = args.gan_steps if self.gan else args.pretrain_steps
-        self.base_lr = args.gan_lr if self.gan else args.lr
         self.checkpoint = args.output / f"{name}_x{args.scale}.pth"
         self.log = args.output / "log.jsonl"
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -181,8 +190,10 @@ class Stage:
                 module.compile()
 
         # Setup optimisers:
-        self.g_optimizer = torch.optim.Adam(self.generator.parameters(), fused=True)
-        self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), fused=True)
+        self.g_optimizer = torch.optim.Adam(self.generator.parameters(), args.gan_lr if self.gan else args.lr,
+                                            fused=True)
+        self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), args.discriminator_lr or args.gan_lr,
+                                            fused=True)
         dtype = select_dtype(args.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.autocast = functools.partial(torch.autocast, device.type, dtype,
@@ -210,11 +221,13 @@ class Stage:
         started = time.monotonic()
         factor = learning_rate(self.step, self.steps)
         for optimizer in (self.g_optimizer, self.d_optimizer):
-            optimizer.param_groups[0]["lr"] = self.base_lr * factor
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
         lr, hr = self.batches(self.step)
         with self.autocast():
             sr = self.generate(lr)
         fake_logits, values = None, {}
+        if self.gan:
+            sr, hr = shifted(self.step, sr, hr)
 
         # (1) update D: real pictures up, generated ones down.
         if self.gan:
@@ -452,12 +465,13 @@ def parse_arguments(argv=None):
     add("--gan-steps", type=int, default=1900, metavar="N", help="steps of SRGAN, or 0 [%(default)s]")
     add("--batch-size", type=int, default=16, help="patches per step, of all processes together; learning rates "
         "and steps are for this whole batch too [%(default)s]")
-    add("--patch-size", type=int, default=96, help="HR pixels: a multiple of the scale, 16 to 128 [%(default)s]")
+    add("--patch-size", type=int, default=96, help="HR pixels: a multiple of the scale, 20 to 128 [%(default)s]")
     add("--degradation", default="mixed", choices=["bicubic", "mixed"], help="how LR is made [%(default)s]")
     add("--fixed-batch-norm", action="store_true", help="batch norm of the generator keeps the statistics it starts "
         "with: to go on training good weights, faster and with small batches")
     add("--lr", type=float, default=4e-4, help="learning rate of SRResNet (Adam, cosine to a hundredth) [%(default)s]")
-    add("--gan-lr", type=float, default=1e-4, help="learning rate of both networks of SRGAN [%(default)s]")
+    add("--gan-lr", type=float, default=1e-4, help="learning rate of SRGAN [%(default)s]")
+    add("--discriminator-lr", type=float, metavar="LR", help="learning rate of the discriminator [that of --gan-lr]")
     add("--pixel-weight", type=float, default=1.0, help="of the mean squared error in SRGAN [%(default)s]")
     add("--vgg-weight", type=float, default=0.02, help="of the relative VGG distance in SRGAN [%(default)s]")
     add("--adversarial-weight", type=float, default=1e-3, help="of the adversarial loss in SRGAN [%(default)s]")
@@ -484,13 +498,13 @@ def parse_arguments(argv=None):
             raise TrainingError(f"--{name.replace('_', '-')} is {stored[name]} in the training to resume")
     if not (args.train_dir or args.dry_run):
         raise TrainingError("--train-dir is needed: one or more folders of faces")
-    for name in ("val_every", "save_every", "blocks", "channels", "batch_size", "lr", "gan_lr"):
-        if not getattr(args, name) > 0:
+    for name in ("val_every", "save_every", "blocks", "channels", "batch_size", "lr", "gan_lr", "discriminator_lr"):
+        if (value := getattr(args, name)) is not None and not value > 0:
             raise TrainingError(f"--{name.replace('_', '-')} must be above 0")
     if min(args.pretrain_steps, args.gan_steps) < 0 or not args.pretrain_steps + args.gan_steps:
         raise TrainingError("--pretrain-steps and --gan-steps must not be negative, nor both 0")
-    if args.patch_size % args.scale or not 16 <= args.patch_size <= FACE_SIZE:
-        raise TrainingError(f"--patch-size must be a multiple of {args.scale} from 16 to {FACE_SIZE}")
+    if args.patch_size % args.scale or not 20 <= args.patch_size <= FACE_SIZE:
+        raise TrainingError(f"--patch-size must be a multiple of {args.scale} from 20 to {FACE_SIZE}")
     if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         raise TrainingError("--batch-size must be a multiple of the number of processes")
     return args

@@ -220,13 +220,14 @@ def measure_training(args, device, folder):
         shapes = vgg19().features[:VGG_LAYERS["conv5_4"]].state_dict()
     torch.save({name: torch.randn(value.shape) * 2 / max(1, value[0].numel()) ** 0.5
                 for name, value in shapes.items()}, vgg)
-    flags = train.parse_arguments(["--train-dir", str(folder), "--output", str(folder / "out"), "--precision",
-                                   args.precision, "--vgg-weights", str(vgg)])
+    flags, compiling = (train.parse_arguments([
+        "--train-dir", str(folder), "--output", str(folder / "out"), "--precision", args.precision, "--vgg-weights",
+        str(vgg), *more]) for more in ([], ["--compile"]))
     flags.output.mkdir()
     for name in train.STAGES:
         features = VGGFeatures(flags.vgg_layer, vgg).to(device) if name == "srgan" else None
         textbook = TextbookTraining(flags, device, features, folder, args.repeats + 1)
-        stage = train.Stage(name, flags, device, features)
+        stage, compiled = (train.Stage(name, its_flags, device, features) for its_flags in (flags, compiling))
         prefetch, waits = stage.batches, []
 
         def timed(step, prefetch=prefetch, waits=waits):
@@ -237,10 +238,12 @@ def measure_training(args, device, folder):
 
         stage.batches = timed
         seconds = take_turns({
-            "textbook": textbook.train_step, "ours": stage.train_step,
+            "textbook": textbook.train_step, "ours": stage.train_step, "compiled": compiled.train_step,
             "data": lambda stage=stage, prefetch=prefetch: prefetch.batches(stage.step)}, device, args.repeats)
-        ours, theirs = flags.batch_size / seconds["ours"], flags.batch_size / seconds["textbook"]
-        row(f"training {name}", f"{ours:.1f} images/s", f"textbook: {theirs:.1f} images/s", f"{ours / theirs:.2f}x")
+        rates = {contestant: flags.batch_size / value for contestant, value in seconds.items()}
+        for ours, words in (("ours", ""), ("compiled", ", --compile")):
+            row(f"training {name}{words}", f"{rates[ours]:.1f} images/s",
+                f"textbook: {rates['textbook']:.1f} images/s", f"{rates[ours] / rates['textbook']:.2f}x")
         row(f"training {name}, data", f"wait {statistics.median(waits[1:]) * 1e3:.1f} ms",
             f"to make it {seconds['data'] * 1e3:.1f} ms; the step {seconds['ours'] * 1e3:.0f} ms",
             f"{statistics.median(waits[1:]) / seconds['ours']:.1%}")

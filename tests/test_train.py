@@ -13,10 +13,10 @@ import torch.multiprocessing as mp
 
 import train
 from data_loader import draw_faces
-from model import Generator, load_checkpoint, load_plain
+from model import Discriminator, Generator, load_checkpoint, load_plain
 
 ROOT = Path(train.__file__).parent
-TINY = ["--blocks", "1", "--channels", "8", "--patch-size", "16", "--batch-size", "4", "--device", "cpu"]
+TINY = ["--blocks", "1", "--channels", "8", "--patch-size", "20", "--batch-size", "4", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -257,6 +257,32 @@ def test_both_networks_learn_in_a_gan_step(stage):
     assert set(srgan.losses()) == {"pixel", "vgg", "adversarial", "tv", "discriminator", "d_real", "d_fake"}
 
 
+def test_the_losses_look_at_shifted_windows(stage, monkeypatch):
+    """All 16 offsets come up, for SR and HR alike: else the GAN stage trains a grid in."""
+    ramp = torch.arange(24.0 * 24).view(1, 1, 24, 24)
+    windows = [train.shifted(step, ramp, ramp + 1) for step in range(16)]
+    assert sorted(int(sr[0, 0, 0, 0]) for sr, _ in windows) == [24 * y + x for y in range(4) for x in range(4)]
+    assert all(sr.shape == (1, 1, 20, 20) and torch.equal(hr, sr + 1) for sr, hr in windows)
+    assert all(torch.equal(sr, ramp[..., y:y + 20, x:x + 20]) for sr, _ in windows
+               for y, x in [divmod(int(sr[0, 0, 0, 0]), 24)])
+    srgan, seen, criterion = stage("srgan"), [], train.GeneratorLoss.forward
+    monkeypatch.setattr(train.GeneratorLoss, "forward",
+                        lambda self, sr, hr, logits: (seen.extend((sr, hr)), criterion(self, sr, hr, logits))[1])
+    srgan.train_step()
+    assert [tuple(picture.shape[2:]) for picture in seen] == [(16, 16)] * 2
+
+
+def test_each_network_has_its_learning_rate(stage):
+    for name, more, expected in (("srresnet", ["--lr", "5e-3"], [5e-3]), ("srgan", ["--gan-lr", "2e-3"], [2e-3, 2e-3]),
+                                 ("srgan", ["--gan-lr", "2e-3", "--discriminator-lr", "6e-3"], [2e-3, 6e-3])):
+        run = stage(name, *more)
+        run.train_step()
+        run.train_step()
+        used = [optimizer.param_groups[0]["lr"] for optimizer in (run.g_optimizer, run.d_optimizer)]
+        factor = train.learning_rate(1, run.steps)
+        assert used[:len(expected)] == [pytest.approx(lr * factor) for lr in expected], name
+
+
 def test_discriminator_learns_to_tell_real_from_generated(stage):
     """D(real) and D(fake) must part: in the closest peer both are 1.0 from the second epoch on."""
     srgan = stage(
@@ -418,9 +444,15 @@ def test_fixed_batch_norm_trains_all_but_the_statistics(stage, tmp_path):
     assert all(value.any() for name, value in tuning.discriminator.named_buffers() if "mean" in name)
 
 
-def test_compiled_networks_train_the_same(stage):
-    """Three steps of every loss, compiled and not, to rounding."""
-    plain, compiled = (changes_of(stage("srgan", "--precision", "float32", *more)) for more in ([], ["--compile"]))
+def test_compiled_networks_train_the_same(stage, monkeypatch):
+    """Three steps of every loss, traced as for the compiler (of which the test does without) and not, to rounding."""
+    traced, compile_in_place = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: (
+        traced.append(type(self)), compile_in_place(self, backend="aot_eager")))
+    plain = changes_of(stage("srgan", "--precision", "float32"))
+    assert not traced
+    compiled = changes_of(stage("srgan", "--precision", "float32", "--compile"))
+    assert set(traced) == {Generator, Discriminator, train.GeneratorLoss}
     for key, expected in plain.items():
         assert (compiled[key] - expected).norm() < 0.01 * expected.norm(), key
 
@@ -447,6 +479,7 @@ def test_users_mistakes_are_one_sentence(flags, tmp_path):
         [*flags, "--patch-size", "256"],
         [*flags, "--batch-size", "0"],
         [*flags, "--lr", "-1"],
+        [*flags, "--discriminator-lr", "0"],
         [*flags, "--pretrain-steps", "0", "--gan-steps", "0"],
         [*flags, "--device", "cuda:99"],
         [*flags, "--fixed-batch-norm"],
