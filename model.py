@@ -129,6 +129,19 @@ def interpolate(faithful, vivid, strength):
     return between
 
 
+@torch.no_grad()
+def update_ema(ema, generator, step, decay=0.999):
+    """Move the averaged generator towards the trained one, batch-norm buffers included. The decay
+    grows from 0.1 to `decay` with the steps, so that the first, poor weights are soon forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    pairs = list(zip(ema.state_dict().values(), generator.state_dict().values()))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    torch._foreach_lerp_(*map(list, zip(*floats)), 1 - decay)       # one kernel instead of hundreds
+    for average, value in pairs:
+        if not average.is_floating_point():
+            average.copy_(value)
+
+
 class FlipEnsemble(nn.Module):
     """The mean of a generator's results for a picture and for its mirror image, in twice the time."""
 

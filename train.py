@@ -31,10 +31,10 @@ from tqdm import tqdm
 from data_loader import (FACE_SIZE, DataError, FaceBatches, Prefetch, draw_faces, load_split, place_faces,
                          simulate, to_tensor)
 from inference import Picture, compare, plot_comparison, upscale_pictures
-from loss import VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, discriminator_loss, vgg_distance
+from loss import VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, discriminator_loss, shifted, vgg_distance
 from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Discriminator, Generator,
                    device_name, load_checkpoint, load_plain, save_checkpoint, select_device, select_dtype,
-                   set_aside, synchronise_batch_norm, write_atomically)
+                   set_aside, synchronise_batch_norm, update_ema, write_atomically)
 
 STAGES = ("srresnet", "srgan")
 STATE = "training_state.pth"
@@ -48,32 +48,9 @@ class TrainingError(Exception):
     """Training cannot go on; the message is one sentence for the user."""
 
 
-@torch.no_grad()
-def update_ema(ema, generator, step, decay=0.999):
-    """Move the averaged generator towards the trained one, batch-norm buffers included. The decay
-    grows from 0.1 to `decay` with the steps, so that the first, poor weights are soon forgotten."""
-    decay = min(decay, (1 + step) / (10 + step))
-    pairs = list(zip(ema.state_dict().values(), generator.state_dict().values()))
-    floats = [pair for pair in pairs if pair[0].is_floating_point()]
-    torch._foreach_lerp_(*map(list, zip(*floats)), 1 - decay)       # one kernel instead of hundreds
-    for average, value in pairs:
-        if not average.is_floating_point():
-            average.copy_(value)
-
-
 def learning_rate(step, steps):
     """Factor of the learning rate: a cosine from 1 to 0.01, after a linear warm-up of 50 steps."""
     return min(1, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-def shifted(step, *pictures):
-    """Cut (N, C, H, W) pictures to (H - 4, W - 4) at one of 16 offsets, another at each step.
-
-    The pooling of VGG and the strides of D repeat every 2, 4, ... pixels. If their grid always fell on the same
-    pixels, the generator would learn a pattern in step with it, a faint regular texture."""
-    y, x = divmod(step * 7 % 16, 4)
-    return [picture[..., y:picture.shape[2] - 4 + y, x:picture.shape[3] - 4 + x].contiguous(
-        memory_format=torch.channels_last) for picture in pictures]
 
 
 def validate(generator, faces, device, features=None):
