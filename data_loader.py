@@ -1,4 +1,4 @@
-"""Everything between face files on disk and a batch of tensors.
+"""Everything between files on disk and arrays: reading, naming and writing pictures, batches to train on.
 
 Faces are read once, kept as bytes, (N, 3, 128, 128) uint8, on the training device, and cut,
 flipped and reduced there for every step:
@@ -15,16 +15,21 @@ import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, count
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 FACE_SIZE = 128             # FFHQ's thumbnails, the HR size
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MARK = "face-srgan"         # the PNG field "Software" of every result: results are never inputs
+# The table of scores that inference.py writes.
+METRICS = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic",
+           "psnr_y_bicubic", "ssim_y_bicubic", "lr_psnr")
 VAL_PERCENT = 5             # of a folder without a split of its own
 
 # How the small picture is made from the large one. Pillow's kernels are antialiased (the kernel
@@ -35,8 +40,6 @@ KERNELS = {
     "lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX,
     "cv2-linear": cv2.INTER_LINEAR, "cv2-cubic": cv2.INTER_CUBIC,
 }
-
-
 # What else may befall the small picture; the numbers are those of the robustness table.
 DAMAGES = ("none", "blur", "noise", "jpeg75", "jpeg50")
 
@@ -87,6 +90,85 @@ def read_image(path):
         raise DataError(f"{path}: not a picture, or damaged") from None
     except Exception as error:      # Pillow's decoders raise nearly every built-in exception
         raise DataError(f"{path}: cannot be read ({error})") from None
+
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary file beside `path`, then rename it: `path` is never half
+    written, and what was there stays when the disk is full."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def set_aside(path):
+    """Rename a file of an earlier training to a free name beside it, so that nothing is lost."""
+    if path.exists():
+        free = next(name for n in range(1, 10**6)
+                    if not (name := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists())
+        path.rename(free)
+        print(f"{path} of an earlier training is kept as {free.name}")
+
+
+def write_png(path, picture):
+    """Write (H, W, 3 or 4) uint8 as a PNG that is marked as a result."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", MARK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: Image.fromarray(picture).save(
+        file, format="PNG", pnginfo=info, compress_level=1))
+
+
+def is_result(path):
+    """Tell whether a file was written by inference.py, at any time."""
+    try:
+        if path.suffix == ".csv":
+            return path.read_bytes().startswith(",".join(METRICS).encode())
+        with Image.open(path) as image:
+            return image.info.get("Software") == MARK
+    except Exception:       # not a picture at all, so not ours; reading it will say why
+        return False
+
+
+def find_inputs(inputs, output):
+    """List the pictures to upscale: (pairs of (path, relative path), sentences on bad inputs).
+
+    Earlier results are left out: in folders everywhere, as files when they lie in `output`.
+    """
+    found, problems = {}, []
+    for item in map(Path, inputs):
+        if item.is_dir():
+            files = [(path, path.relative_to(item)) for path in find_images(item) if not is_result(path)]
+            if not files:
+                problems.append(f"{item}: no pictures in this folder (earlier results do not count)")
+        elif item.is_file():
+            own = output.resolve() in item.resolve().parents and is_result(item)
+            files = [] if own else [(item, Path(item.name))]
+            if own:
+                problems.append(f"{item}: a result of an earlier call, not upscaled again")
+        else:
+            files = []
+            problems.append(f"{item}: there is no such file or folder")
+        for path, relative in files:
+            found.setdefault(path.resolve(), (path, relative))
+    return list(found.values()), problems
+
+
+def choose_output(relative, output, taken):
+    """Choose the file for a result: DIR/<relative path without suffix>.png (.csv for a .csv) or,
+    where that would replace another result of this call or a file that is not an earlier result,
+    a name beside it."""
+    stem, suffix = relative.with_suffix(""), ".csv" if relative.suffix == ".csv" else ".png"
+    for name in chain((f"{stem}{suffix}", f"{relative}{suffix}"), (f"{stem}-{n}{suffix}" for n in count(2))):
+        path = output / name
+        key = str(path).casefold()      # some file systems take A.png and a.png for one
+        if key not in taken and (is_result(path) or not os.path.lexists(path)):
+            taken.add(key)
+            return path
 
 
 def split_files(train_dirs, val_dir=None):
@@ -195,6 +277,15 @@ def draw_faces(folder, number=12):
             cv2.circle(picture, (x + side, y - 10), 2, (30, 30, 30), -1, cv2.LINE_AA)
         cv2.ellipse(picture, (x, y + 20), (14, 6), 0, 0, 180, (60, 40, 160), 2, cv2.LINE_AA)
         cv2.imwrite(str(Path(folder) / f"{i:05d}.png"), picture)
+
+
+def sample_faces():
+    """Two public-domain portraits that come with scikit-image and Matplotlib, cut as FFHQ cuts."""
+    import matplotlib.cbook
+    import skimage.data
+    hopper = read_image(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))[0]
+    return {"astronaut": square_face(skimage.data.astronaut()[12:200, 129:317]),
+            "grace_hopper": square_face(hopper[40:363, 106:429])}
 
 
 # Tensors ----------------------------------------------------------------------------------------

@@ -11,44 +11,37 @@
 The functions are the only code path for upscaling and scoring; train.py calls them too.
 """
 import argparse
-import csv
 import functools
-import io
 import os
 import signal
 import sys
 import tempfile
 import threading
 import time
-import warnings
 import zipfile
-from collections import defaultdict, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from itertools import chain, count, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tqdm import tqdm
 
-from data_loader import (DAMAGES, KERNELS, DataError, downscale, find_images, quantise, read_image, simulate,
-                         square_face, to_tensor, to_uint8)
-from loss import krippendorff_alpha, mean_opinion_scores, psnr, score
+from data_loader import (DAMAGES, KERNELS, DataError, choose_output, find_images, find_inputs, quantise, read_image,
+                         sample_faces, simulate, to_tensor, to_uint8, write_png)
+from loss import GRADES, Study, compare, plot_comparison, plot_opinions, read_ratings, report, study_results
 from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, FlipEnsemble, bicubic,
-                   interpolate, load_checkpoint, select_device, select_dtype, write_atomically)
+                   interpolate, load_checkpoint, select_device, select_dtype)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 STRENGTH = 1.0              # of the shipped weights; chosen on the validation faces
-MARK = "face-srgan"         # the PNG field "Software" of every result: results are never inputs
 TILE, OVERLAP = 384, 20     # LR pixels; what lies further away changes a pixel by under a grey level
 WRITERS = 8                 # threads that compress PNGs; as many pictures wait to be written
 SHOWN = 8                   # pictures in the comparison figure
-HEADER = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic",
-          "psnr_y_bicubic", "ssim_y_bicubic", "lr_psnr")
 
 
 class UsageError(Exception):
@@ -79,30 +72,7 @@ def upscale(generator, lr):
     return sr
 
 
-def plot_comparison(path, rows):
-    """Draw a grid of pictures: one row each, a dict from caption to (H, W, 3) uint8."""
-    from matplotlib.figure import Figure                # slow to import, not always needed
-    cell, caption_height, columns = 2.6, 0.42, max(map(len, rows))      # inches
-    height = len(rows) * (cell + caption_height)
-    figure = Figure(figsize=(cell * columns, height))
-    grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=dict(
-        left=0, right=1, bottom=0, top=1 - caption_height / height, wspace=0.03, hspace=caption_height / cell))
-    for axes, row in zip(grid, rows):
-        for axis in axes:
-            axis.set_axis_off()
-        for axis, (caption, picture) in zip(axes, row.items()):
-            if max(picture.shape) > 1024:       # more than the figure can show
-                size = [max(1, side * 1024 // max(picture.shape)) for side in picture.shape[1::-1]]
-                picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-            axis.imshow(picture, interpolation="nearest")
-            axis.set_title(caption, fontsize=9, parse_math=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")      # a name in a script without font
-        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110,
-                                                           metadata={"Software": MARK}))
-
-
-# Files ------------------------------------------------------------------------------------------
+# The command ----------------------------------------------------------------------------------
 
 @dataclass
 class Picture:
@@ -114,73 +84,7 @@ class Picture:
     hr: np.ndarray | None = None        # (sH, sW, 3) uint8
 
 
-def write_png(path, picture):
-    """Write (H, W, 3 or 4) uint8 as a PNG that is marked as a result."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text("Software", MARK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: Image.fromarray(picture).save(
-        file, format="PNG", pnginfo=info, compress_level=1))
 
-
-def is_result(path):
-    """Tell whether a file was written by this script, at any time."""
-    try:
-        if path.suffix == ".csv":
-            return path.read_bytes().startswith(",".join(HEADER).encode())
-        with Image.open(path) as image:
-            return image.info.get("Software") == MARK
-    except Exception:       # not a picture at all, so not ours; reading it will say why
-        return False
-
-
-def find_inputs(inputs, output):
-    """List the pictures to upscale: (pairs of (path, relative path), sentences on bad inputs).
-
-    Earlier results are left out: in folders everywhere, as files when they lie in `output`.
-    """
-    found, problems = {}, []
-    for item in map(Path, inputs):
-        if item.is_dir():
-            files = [(path, path.relative_to(item)) for path in find_images(item) if not is_result(path)]
-            if not files:
-                problems.append(f"{item}: no pictures in this folder (earlier results do not count)")
-        elif item.is_file():
-            own = output.resolve() in item.resolve().parents and is_result(item)
-            files = [] if own else [(item, Path(item.name))]
-            if own:
-                problems.append(f"{item}: a result of an earlier call, not upscaled again")
-        else:
-            files = []
-            problems.append(f"{item}: there is no such file or folder")
-        for path, relative in files:
-            found.setdefault(path.resolve(), (path, relative))
-    return list(found.values()), problems
-
-
-def choose_output(relative, output, taken):
-    """Choose the file for a result: DIR/<relative path without suffix>.png (.csv for a .csv) or,
-    where that would replace another result of this call or a file that is not an earlier result,
-    a name beside it."""
-    stem, suffix = relative.with_suffix(""), ".csv" if relative.suffix == ".csv" else ".png"
-    for name in chain((f"{stem}{suffix}", f"{relative}{suffix}"), (f"{stem}-{n}{suffix}" for n in count(2))):
-        path = output / name
-        key = str(path).casefold()      # some file systems take A.png and a.png for one
-        if key not in taken and (is_result(path) or not os.path.lexists(path)):
-            taken.add(key)
-            return path
-
-
-def sample_faces():
-    """Two public-domain portraits that come with scikit-image and Matplotlib, cut as FFHQ cuts."""
-    import matplotlib.cbook
-    import skimage.data
-    hopper = read_image(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))[0]
-    return {"astronaut": square_face(skimage.data.astronaut()[12:200, 129:317]),
-            "grace_hopper": square_face(hopper[40:363, 106:429])}
-
-
-# The command ------------------------------------------------------------------------------------
 
 def read_pictures(args, files, scale, taken, failed):
     """Yield a Picture for each input file that can be used; report the others to `failed`."""
@@ -254,22 +158,6 @@ def write_results(results, scale):
             if len(writing) > WRITERS:
                 yield writing.popleft()
         yield from writing
-
-
-def compare(picture, sr, scale):
-    """Compare a result with bicubic and, where it is known, the ground truth: (its row for
-    `plot_comparison`, its line of metrics.csv or {})."""
-    enlarged = to_uint8(bicubic(to_tensor([picture.lr]), scale))[0]
-    captions = [f"{picture.name}\nLR {picture.lr.shape[1]}x{picture.lr.shape[0]}", "bicubic\n", "ours\n"]
-    if picture.hr is None:
-        return dict(zip(captions, (picture.lr, enlarged, sr))), {}
-    ours, baseline = score(sr, picture.hr), score(enlarged, picture.hr)
-    scores = {**ours, **{f"{name}_bicubic": value for name, value in baseline.items()},
-              "lr_psnr": psnr(to_uint8(downscale(to_tensor([sr]), scale))[0], picture.lr)}
-    captions[1] += f"{baseline['psnr']:.2f} dB / {baseline['ssim']:.3f}"
-    captions[2] += f"{ours['psnr']:.2f} dB / {ours['ssim']:.3f}"
-    captions.append("ground truth\nPSNR / SSIM")
-    return dict(zip(captions, (picture.lr, enlarged, sr, picture.hr))), scores
 
 
 def load_generators(checkpoint, strength, both=False):
@@ -351,24 +239,6 @@ def main(args):
     print(f"{done} picture{'s' * (done != 1)} upscaled {generator.scale}x into {args.output} in "
           f"{time.monotonic() - started:.1f} s on the {device.type}; compare: {comparison}")
     return 1 if problems else 0
-
-
-def report(scores, path):
-    """Print one row per picture and the means, and write them without the means as CSV."""
-    width = max(map(len, [*scores, "image"]))
-    print(f"{'image':{width}}  {'PSNR':>14}  {'SSIM':>15}  {'PSNR-Y':>14}  {'SSIM-Y':>15}  {'LR-PSNR':>7}\n"
-          f"{'':{width}}  " + "  ".join(["  ours bicubic", "  ours  bicubic"] * 2))
-    means = {column: np.mean([row[column] for row in scores.values()]) for column in HEADER[1:]}
-    for name, row in [*sorted(scores.items()), ("mean", means)]:
-        print(f"{name:{width}}  " + "  ".join(
-            f"{row[column]:6.{digits}f} {row[column + '_bicubic']:7.{digits}f}{' ' * (digits - 2)}"
-            for column, digits in zip(HEADER[1:5], (2, 4, 2, 4))) + f"  {row['lr_psnr']:7.2f}")
-
-    lines = [HEADER] + [(name, *(f"{row[column]:.6f}" for column in HEADER[1:]))
-                        for name, row in sorted(scores.items())]
-    with io.StringIO(newline="") as text:
-        csv.writer(text).writerows(lines)
-        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 # The interface ----------------------------------------------------------------------------------
@@ -644,11 +514,6 @@ def serve(args):
 
 # The blind study --------------------------------------------------------------------------------
 
-# Section 3.3 of Ledig et al. 2017: people rate pictures from 1 to 5, without knowing how each was made.
-METHODS = ("original", "nearest", "bicubic", "SRResNet", "SRGAN")
-GRADES = ("bad", "poor", "fair", "good", "excellent")
-FACES, REPEATS = 20, 10     # in a study; some pictures come twice, to see how consistent a rater is
-RATINGS = ("rater", "seed", "index", "face", "method", "repeat", "rating", "time")
 STUDY_ABSENT = """A blind study asks people how good pictures look, without telling them how each was made: the
 original, or one of four ways to enlarge it. It is started with a folder of sharp faces:
 
@@ -659,98 +524,6 @@ may stop at any time, and continue later under the same name. The name is stored
 will do."""
 
 
-def study_order(rater, seed, faces):
-    """List what a rater is shown, as (face, method, repeat): every face in every method in random order, and in
-    the second half REPEATS pictures of the first half again, repeat = 1."""
-    rng = np.random.default_rng([seed, *rater.encode()])
-    shown = [(face, method, 0) for face in faces for method in METHODS]
-    shown = [shown[i] for i in rng.permutation(len(shown))]
-    first, second = shown[:len(shown) // 2], shown[len(shown) // 2:]
-    again = rng.choice(len(first), min(REPEATS, len(first)), replace=False)
-    second += [(*first[i][:2], 1) for i in again]
-    return first + [second[i] for i in rng.permutation(len(second))]
-
-
-def read_ratings(path):
-    """Read a file of ratings: a list of dicts, numbers as int. A last line that a crash has torn is left out."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such file; ratings are given in --ui --study FOLDER") from None
-    header = ",".join(RATINGS).encode() + b"\n"
-    if not content.startswith(header) and not header.startswith(content):
-        raise UsageError(f"{path}: not a file of ratings; give another name with --ratings")
-    rows = []
-    try:
-        text = content[:content.rfind(b"\n") + 1].decode()
-        for row in csv.DictReader(io.StringIO(text, newline="")):
-            row |= {name: int(row[name]) for name in ("seed", "index", "repeat", "rating")}
-            if row["method"] not in METHODS or row["rating"] not in range(1, 6):
-                raise ValueError
-            rows.append(row)
-    except (ValueError, TypeError, csv.Error):
-        raise UsageError(f"{path}: line {len(rows) + 2} is damaged; correct or remove it") from None
-    return rows
-
-
-def append_rating(path, values):
-    """Add a line to a file of ratings, which is on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file, io.StringIO(newline="") as text:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)                # what a crash has torn
-        csv.writer(text, lineterminator="\n").writerows([values] if whole else [RATINGS, values])
-        file.write(text.getvalue().encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-class Study:
-    """The pictures of a study, who is to see which next, and the file of ratings."""
-
-    def __init__(self, workshop, folder, ratings, seed):
-        self.ratings, self.seed, self.faces, self.pictures = ratings, seed, [], {}
-        if ratings.exists():
-            read_ratings(ratings)
-        files = find_images(folder)
-        number = min(FACES, len(files))
-        for path in (files[i * len(files) // number] for i in range(number)):
-            try:
-                face = square_face(read_image(path)[0])
-            except DataError as error:
-                print(f"inference.py: {error}; left out", file=sys.stderr)
-                continue
-            name = path.relative_to(folder).as_posix()
-            lr, _ = simulate(face, workshop.scale)
-            ours = (workshop.upscale(lr, strength) for strength in (0, 1))
-            nearest = lr.repeat(workshop.scale, axis=0).repeat(workshop.scale, axis=1)
-            blurred = to_uint8(bicubic(to_tensor([lr]), workshop.scale))[0]
-            self.faces.append(name)
-            self.pictures |= zip(((name, method) for method in METHODS), (face, nearest, blurred, *ours))
-        if not self.faces:
-            raise UsageError(f"--study {folder}: no pictures that can be read; expected a folder of sharp faces")
-
-    def place(self, rater):
-        """Where a rater has arrived: (index, the whole order). Raises UsageError where that is nowhere."""
-        if not rater:
-            raise UsageError("Please give a name first, or a nickname")
-        order = study_order(rater, self.seed, self.faces)
-        rows = read_ratings(self.ratings) if self.ratings.exists() else []
-        rows = [row for row in rows if (row["rater"], row["seed"]) == (rater, self.seed)]
-        if [(row["index"], row["face"], row["method"], row["repeat"]) for row in rows] != [
-                (i, *shown) for i, shown in enumerate(order[:len(rows)])]:
-            raise UsageError(f"{rater} has rated other pictures in {self.ratings}; choose another name")
-        return len(rows), order
-
-    def rate(self, rater, index, rating):
-        """Save a rating of the picture at `index`, unless that has been rated already."""
-        place, order = self.place(rater)
-        if index == place < len(order):
-            append_rating(self.ratings, (rater, self.seed, index, *order[index], rating,
-                                         datetime.now(timezone.utc).isoformat(timespec="seconds")))
-
-
 def build_study(study, folder, sentence):
     """Build the Study tab inside an open gr.Blocks."""
     import gradio as gr
@@ -759,7 +532,7 @@ def build_study(study, folder, sentence):
         """Show a rater the next picture; the page learns nothing about how it was made."""
         try:
             index, order = study.place(rater(name))
-        except (UsageError, OSError) as error:
+        except (DataError, OSError) as error:
             return {message: sentence(error)}
         if index == len(order):
             return {welcome: gr.Column(visible=False), desk: gr.Column(visible=False),
@@ -770,7 +543,7 @@ def build_study(study, folder, sentence):
     def rate(rating, name, index):
         try:
             study.rate(rater(name), index, rating)
-        except (UsageError, OSError) as error:
+        except (DataError, OSError) as error:
             return {message: sentence(f"This rating could not be saved: {error}")}
         return ask(name)
 
@@ -780,7 +553,7 @@ def build_study(study, folder, sentence):
     def results():
         try:
             lines, text = study_results(read_ratings(study.ratings))
-        except (UsageError, OSError) as error:
+        except (DataError, OSError) as error:
             return str(error), None
         plot = Path(tempfile.mkdtemp(dir=folder)) / "mean_opinion_scores.png"
         plot_opinions(plot, lines)
@@ -809,54 +582,6 @@ def build_study(study, folder, sentence):
         table = gr.Markdown(elem_id="results")
         plot = gr.Image(show_label=False, interactive=False, buttons=["download"])
     show.click(results, None, [table, plot], api_name="results", concurrency_id="study")
-
-
-def study_results(rows):
-    """Evaluate the rows of `read_ratings`: (a list of (method, mean opinion score, low and high end of its 95 %
-    interval, number of ratings), the same as a Markdown table with sentences on raters and agreement). Repeats
-    count for consistency only."""
-    cells, repeats = defaultdict(list), []
-    for row in rows:
-        key = row["rater"], row["face"], row["method"]
-        if row["repeat"]:
-            repeats += [abs(row["rating"] - cells[key][-1])] if key in cells else []
-        else:
-            cells[key].append(row["rating"])
-    if not cells:
-        raise UsageError("There are no ratings yet")
-    raters, faces, methods = (sorted(set(part)) for part in zip(*cells))
-    methods.sort(key=METHODS.index)
-    table = np.full((len(raters), len(faces), len(methods)), np.nan)
-    numbers = dict.fromkeys(methods, 0)
-    for (rater, face, method), ratings in cells.items():
-        table[raters.index(rater), faces.index(face), methods.index(method)] = np.mean(ratings)
-        numbers[method] += len(ratings)
-    alpha = krippendorff_alpha(table.reshape(len(raters), -1))
-    lines = list(zip(methods, *mean_opinion_scores(table), numbers.values()))
-    text = ["| method   | mean score | 95 % interval | ratings |",
-            "|----------|------------|---------------|---------|"]
-    text += [f"| {method:8} | {mean:10.2f} |  {low:.2f} to {high:.2f} | {number:7} |"
-             for method, mean, low, high, number in lines]
-    text += ["", f"Raters: {len(raters)}, faces: {len(faces)}, ratings: {len(rows)}."]
-    text += [f"Agreement between raters (Krippendorff's alpha: 1 is perfect, 0 is chance): {alpha:.2f}."
-             if np.isfinite(alpha) else "Agreement between raters: not known yet."]
-    text += [f"Seeing a picture again, a rater answered {np.mean(repeats):.2f} points apart on average "
-             f"({len(repeats)} repeats)." if repeats else "No repeats rated yet."]
-    return lines, "\n".join(text)
-
-
-def plot_opinions(path, lines):
-    """Draw the mean opinion scores of `study_results` with their intervals."""
-    from matplotlib.figure import Figure
-    methods, means, lows, highs, _ = zip(*lines)
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.vlines(methods, lows, highs, linewidth=3, alpha=0.5)
-    axes.plot(methods, means, "o")
-    axes.set(ylim=(0.9, 5.1), yticks=range(1, 6), yticklabels=[f"{n} {grade}" for n, grade in enumerate(GRADES, 1)],
-             title="Mean opinion score with its 95 % interval")
-    axes.grid(axis="y", alpha=0.3)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": MARK}))
 
 
 def report_study(args):

@@ -1,5 +1,5 @@
-"""How far SR is from HR: the loss terms of SRGAN (Ledig et al. 2017, arXiv:1609.04802,
-section 2.2) for training, PSNR and SSIM for people, and opinion scores by people.
+"""How good SR is: the loss terms of SRGAN (Ledig et al. 2017, arXiv:1609.04802, section 2.2) for training,
+PSNR, SSIM and figures for people, and the blind study: opinion scores by people (section 3.3).
 
 Pictures are RGB in [0, 1], (N, 3, H, W); SR may leave the range. Every term is a mean over
 everything, so its size does not depend on the batch or the patch size.
@@ -7,12 +7,24 @@ everything, so its size does not depend on the batch or the patch size.
     criterion = GeneratorLoss(pixel=1, vgg=0.006, adversarial=1e-3, features=VGGFeatures("conv3_4"))
     total, terms = criterion(sr, hr, discriminator(sr))     # terms: {"pixel": ..., "vgg": ..., ...}
 """
+import csv
+import io
+import os
+import sys
+import warnings
+from collections import defaultdict
+from datetime import datetime, timezone
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from data_loader import (MARK, METRICS, DataError, downscale, find_images, read_image, simulate, square_face,
+                         to_tensor, to_uint8, write_atomically)
+from model import bicubic
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
 # how many layers of torchvision's vgg19().features lead there.
@@ -133,6 +145,8 @@ class GeneratorLoss(nn.Module):
         return sum(weight * terms[name] for name, weight in self.weights.items()), terms
 
 
+# Scores and figures ------------------------------------------------------------------------------
+
 def luma(picture):
     """BT.601 luma in studio range, 16 to 235: (H, W, 3) uint8 RGB -> (H, W) float."""
     return picture @ np.array([65.481, 128.553, 24.966]) / 255 + 16
@@ -156,6 +170,164 @@ def score(sr, hr):
         ssim=float("nan") if small else float(structural_similarity(sr, hr, channel_axis=2)),
         psnr_y=psnr(y_sr, y_hr),
         ssim_y=float("nan") if small else float(structural_similarity(y_sr, y_hr, data_range=255)))
+
+
+def plot_comparison(path, rows):
+    """Draw a grid of pictures: one row each, a dict from caption to (H, W, 3) uint8."""
+    from matplotlib.figure import Figure                # slow to import, not always needed
+    cell, caption_height, columns = 2.6, 0.42, max(map(len, rows))      # inches
+    height = len(rows) * (cell + caption_height)
+    figure = Figure(figsize=(cell * columns, height))
+    grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=dict(
+        left=0, right=1, bottom=0, top=1 - caption_height / height, wspace=0.03, hspace=caption_height / cell))
+    for axes, row in zip(grid, rows):
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, (caption, picture) in zip(axes, row.items()):
+            if max(picture.shape) > 1024:       # more than the figure can show
+                size = [max(1, side * 1024 // max(picture.shape)) for side in picture.shape[1::-1]]
+                picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_title(caption, fontsize=9, parse_math=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")      # a name in a script without font
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110,
+                                                           metadata={"Software": MARK}))
+
+
+def compare(picture, sr, scale):
+    """Compare a result with bicubic and, where it is known, the ground truth: (its row for
+    `plot_comparison`, its line of metrics.csv or {})."""
+    enlarged = to_uint8(bicubic(to_tensor([picture.lr]), scale))[0]
+    captions = [f"{picture.name}\nLR {picture.lr.shape[1]}x{picture.lr.shape[0]}", "bicubic\n", "ours\n"]
+    if picture.hr is None:
+        return dict(zip(captions, (picture.lr, enlarged, sr))), {}
+    ours, baseline = score(sr, picture.hr), score(enlarged, picture.hr)
+    scores = {**ours, **{f"{name}_bicubic": value for name, value in baseline.items()},
+              "lr_psnr": psnr(to_uint8(downscale(to_tensor([sr]), scale))[0], picture.lr)}
+    captions[1] += f"{baseline['psnr']:.2f} dB / {baseline['ssim']:.3f}"
+    captions[2] += f"{ours['psnr']:.2f} dB / {ours['ssim']:.3f}"
+    captions.append("ground truth\nPSNR / SSIM")
+    return dict(zip(captions, (picture.lr, enlarged, sr, picture.hr))), scores
+
+
+def report(scores, path):
+    """Print one row per picture and the means, and write them without the means as CSV."""
+    width = max(map(len, [*scores, "image"]))
+    print(f"{'image':{width}}  {'PSNR':>14}  {'SSIM':>15}  {'PSNR-Y':>14}  {'SSIM-Y':>15}  {'LR-PSNR':>7}\n"
+          f"{'':{width}}  " + "  ".join(["  ours bicubic", "  ours  bicubic"] * 2))
+    means = {column: np.mean([row[column] for row in scores.values()]) for column in METRICS[1:]}
+    for name, row in [*sorted(scores.items()), ("mean", means)]:
+        print(f"{name:{width}}  " + "  ".join(
+            f"{row[column]:6.{digits}f} {row[column + '_bicubic']:7.{digits}f}{' ' * (digits - 2)}"
+            for column, digits in zip(METRICS[1:5], (2, 4, 2, 4))) + f"  {row['lr_psnr']:7.2f}")
+
+    lines = [METRICS] + [(name, *(f"{row[column]:.6f}" for column in METRICS[1:]))
+                        for name, row in sorted(scores.items())]
+    with io.StringIO(newline="") as text:
+        csv.writer(text).writerows(lines)
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+# The blind study: section 3.3 of Ledig et al. 2017 ----------------------------------------------
+
+# People rate pictures from 1 to 5, without knowing how each was made.
+METHODS = ("original", "nearest", "bicubic", "SRResNet", "SRGAN")
+GRADES = ("bad", "poor", "fair", "good", "excellent")
+FACES, REPEATS = 20, 10     # in a study; some pictures come twice, to see how consistent a rater is
+RATINGS = ("rater", "seed", "index", "face", "method", "repeat", "rating", "time")
+
+
+def study_order(rater, seed, faces):
+    """List what a rater is shown, as (face, method, repeat): every face in every method in random order, and in
+    the second half REPEATS pictures of the first half again, repeat = 1."""
+    rng = np.random.default_rng([seed, *rater.encode()])
+    shown = [(face, method, 0) for face in faces for method in METHODS]
+    shown = [shown[i] for i in rng.permutation(len(shown))]
+    first, second = shown[:len(shown) // 2], shown[len(shown) // 2:]
+    again = rng.choice(len(first), min(REPEATS, len(first)), replace=False)
+    second += [(*first[i][:2], 1) for i in again]
+    return first + [second[i] for i in rng.permutation(len(second))]
+
+
+def read_ratings(path):
+    """Read a file of ratings: a list of dicts, numbers as int. A last line that a crash has torn is left out."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file; ratings are given in --ui --study FOLDER") from None
+    header = ",".join(RATINGS).encode() + b"\n"
+    if not content.startswith(header) and not header.startswith(content):
+        raise DataError(f"{path}: not a file of ratings; give another name with --ratings")
+    rows = []
+    try:
+        text = content[:content.rfind(b"\n") + 1].decode()
+        for row in csv.DictReader(io.StringIO(text, newline="")):
+            row |= {name: int(row[name]) for name in ("seed", "index", "repeat", "rating")}
+            if row["method"] not in METHODS or row["rating"] not in range(1, 6):
+                raise ValueError
+            rows.append(row)
+    except (ValueError, TypeError, csv.Error):
+        raise DataError(f"{path}: line {len(rows) + 2} is damaged; correct or remove it") from None
+    return rows
+
+
+def append_rating(path, values):
+    """Add a line to a file of ratings, which is on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file, io.StringIO(newline="") as text:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)                # what a crash has torn
+        csv.writer(text, lineterminator="\n").writerows([values] if whole else [RATINGS, values])
+        file.write(text.getvalue().encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Study:
+    """The pictures of a study, who is to see which next, and the file of ratings."""
+
+    def __init__(self, workshop, folder, ratings, seed):
+        self.ratings, self.seed, self.faces, self.pictures = ratings, seed, [], {}
+        if ratings.exists():
+            read_ratings(ratings)
+        files = find_images(folder)
+        number = min(FACES, len(files))
+        for path in (files[i * len(files) // number] for i in range(number)):
+            try:
+                face = square_face(read_image(path)[0])
+            except DataError as error:
+                print(f"inference.py: {error}; left out", file=sys.stderr)
+                continue
+            name = path.relative_to(folder).as_posix()
+            lr, _ = simulate(face, workshop.scale)
+            ours = (workshop.upscale(lr, strength) for strength in (0, 1))
+            nearest = lr.repeat(workshop.scale, axis=0).repeat(workshop.scale, axis=1)
+            blurred = to_uint8(bicubic(to_tensor([lr]), workshop.scale))[0]
+            self.faces.append(name)
+            self.pictures |= zip(((name, method) for method in METHODS), (face, nearest, blurred, *ours))
+        if not self.faces:
+            raise DataError(f"--study {folder}: no pictures that can be read; expected a folder of sharp faces")
+
+    def place(self, rater):
+        """Where a rater has arrived: (index, the whole order). Raises DataError where that is nowhere."""
+        if not rater:
+            raise DataError("Please give a name first, or a nickname")
+        order = study_order(rater, self.seed, self.faces)
+        rows = read_ratings(self.ratings) if self.ratings.exists() else []
+        rows = [row for row in rows if (row["rater"], row["seed"]) == (rater, self.seed)]
+        if [(row["index"], row["face"], row["method"], row["repeat"]) for row in rows] != [
+                (i, *shown) for i, shown in enumerate(order[:len(rows)])]:
+            raise DataError(f"{rater} has rated other pictures in {self.ratings}; choose another name")
+        return len(rows), order
+
+    def rate(self, rater, index, rating):
+        """Save a rating of the picture at `index`, unless that has been rated already."""
+        place, order = self.place(rater)
+        if index == place < len(order):
+            append_rating(self.ratings, (rater, self.seed, index, *order[index], rating,
+                                         datetime.now(timezone.utc).isoformat(timespec="seconds")))
 
 
 def mean_opinion_scores(ratings, draws=2000, seed=0):
@@ -191,3 +363,52 @@ def krippendorff_alpha(ratings):
         return float("nan")
     within = sum(len(item) * item.var(ddof=1) for item in items) / len(every)
     return float(1 - within / every.var(ddof=1))
+
+
+def study_results(rows):
+    """Evaluate the rows of `read_ratings`: (a list of (method, mean opinion score, low and high end of its 95 %
+    interval, number of ratings), the same as a Markdown table with sentences on raters and agreement). Repeats
+    count for consistency only."""
+    cells, repeats = defaultdict(list), []
+    for row in rows:
+        key = row["rater"], row["face"], row["method"]
+        if row["repeat"]:
+            repeats += [abs(row["rating"] - cells[key][-1])] if key in cells else []
+        else:
+            cells[key].append(row["rating"])
+    if not cells:
+        raise DataError("There are no ratings yet")
+    raters, faces, methods = (sorted(set(part)) for part in zip(*cells))
+    methods.sort(key=METHODS.index)
+    table = np.full((len(raters), len(faces), len(methods)), np.nan)
+    numbers = dict.fromkeys(methods, 0)
+    for (rater, face, method), ratings in cells.items():
+        table[raters.index(rater), faces.index(face), methods.index(method)] = np.mean(ratings)
+        numbers[method] += len(ratings)
+    alpha = krippendorff_alpha(table.reshape(len(raters), -1))
+    lines = list(zip(methods, *mean_opinion_scores(table), numbers.values()))
+    text = ["| method   | mean score | 95 % interval | ratings |",
+            "|----------|------------|---------------|---------|"]
+    text += [f"| {method:8} | {mean:10.2f} |  {low:.2f} to {high:.2f} | {number:7} |"
+             for method, mean, low, high, number in lines]
+    text += ["", f"Raters: {len(raters)}, faces: {len(faces)}, ratings: {len(rows)}."]
+    text += [f"Agreement between raters (Krippendorff's alpha: 1 is perfect, 0 is chance): {alpha:.2f}."
+             if np.isfinite(alpha) else "Agreement between raters: not known yet."]
+    text += [f"Seeing a picture again, a rater answered {np.mean(repeats):.2f} points apart on average "
+             f"({len(repeats)} repeats)." if repeats else "No repeats rated yet."]
+    return lines, "\n".join(text)
+
+
+def plot_opinions(path, lines):
+    """Draw the mean opinion scores of `study_results` with their intervals."""
+    from matplotlib.figure import Figure
+    methods, means, lows, highs, _ = zip(*lines)
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.vlines(methods, lows, highs, linewidth=3, alpha=0.5)
+    axes.plot(methods, means, "o")
+    axes.set(ylim=(0.9, 5.1), yticks=range(1, 6), yticklabels=[f"{n} {grade}" for n, grade in enumerate(GRADES, 1)],
+             title="Mean opinion score with its 95 % interval")
+    axes.grid(axis="y", alpha=0.3)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": MARK}))
+

@@ -8,8 +8,6 @@ figure 4. Pictures are RGB tensors of shape (N, 3, H, W) with values in [0, 1] e
     sr = generator(lr)                  # (N, 3, H, W) -> (N, 3, 4H, 4W), not clamped
 """
 import copy
-import os
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,6 +15,8 @@ import torch.distributed.nn.functional as dist_nn
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from data_loader import write_atomically
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -235,28 +235,6 @@ def synchronise_batch_norm(network, device):
         if type(module) is nn.BatchNorm2d:
             module.__class__ = _ProcessesBatchNorm
     return network
-
-
-def write_atomically(path, write):
-    """Call write(file) on a temporary file beside `path`, then rename it: `path` is never half
-    written, and what was there stays when the disk is full."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def set_aside(path):
-    """Rename a file of an earlier training to a free name beside it, so that nothing is lost."""
-    if path.exists():
-        free = next(name for n in range(1, 10**6)
-                    if not (name := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists())
-        path.rename(free)
-        print(f"{path} of an earlier training is kept as {free.name}")
 
 
 def save_checkpoint(path, generator, training):

@@ -29,12 +29,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data_loader import (FACE_SIZE, DataError, FaceBatches, Prefetch, draw_faces, load_split, place_faces,
-                         simulate, to_tensor)
-from inference import Picture, compare, plot_comparison, upscale_pictures
-from loss import VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, discriminator_loss, shifted, vgg_distance
+                         set_aside, simulate, to_tensor, write_atomically)
+from inference import Picture, upscale_pictures
+from loss import (VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, compare, discriminator_loss, plot_comparison,
+                  shifted, vgg_distance)
 from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Discriminator, Generator,
                    device_name, load_checkpoint, load_plain, save_checkpoint, select_device, select_dtype,
-                   set_aside, synchronise_batch_norm, update_ema, write_atomically)
+                   synchronise_batch_norm, update_ema)
 
 STAGES = ("srresnet", "srgan")
 STATE = "training_state.pth"

@@ -12,7 +12,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import inference
-from data_loader import find_images, read_image, to_tensor, to_uint8
+from data_loader import find_images, read_image, sample_faces, simulate, to_tensor, to_uint8
 from inference import CHECKPOINT, upscale
 from loss import psnr
 from model import Generator, bicubic, load_checkpoint, save_checkpoint
@@ -69,9 +69,9 @@ def test_shipped_weights_show_what_the_project_does(tmp_path, capsys):
     for row in rows:
         assert float(row["lr_psnr"]) > 30
         assert float(row["ssim"]) > float(row["ssim_bicubic"]) + 0.02
-    for name, face in inference.sample_faces().items():
+    for name, face in sample_faces().items():
         sr = read_image(tmp_path / f"{name}.png")[0]
-        lr, hr = inference.simulate(face, 4, "bicubic")
+        lr, hr = simulate(face, 4, "bicubic")
         blurred = to_uint8(bicubic(to_tensor([lr]), 4))[0]
         detail = [np.abs(np.diff(picture.astype(float), axis=1)).mean() for picture in (blurred, sr, hr)]
         assert detail[1] > detail[0] + 0.4 * (detail[2] - detail[0])
@@ -83,8 +83,8 @@ def test_shipped_srresnet_beats_bicubic():
     generator = load_checkpoint(CHECKPOINT.with_name("srresnet_x4.pth"))[0].for_inference()
     for kernel, least in (("bicubic", 1.5), ("cv2-linear", 0.7)):
         gains = []
-        for face in inference.sample_faces().values():
-            lr, hr = inference.simulate(face, 4, kernel)
+        for face in sample_faces().values():
+            lr, hr = simulate(face, 4, kernel)
             lr = to_tensor([lr])
             ours, baseline = (to_uint8(batch)[0] for batch in (upscale(generator, lr), bicubic(lr, 4)))
             gains.append(psnr(ours, hr) - psnr(baseline, hr))

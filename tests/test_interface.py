@@ -22,6 +22,7 @@ from PIL import Image
 import inference
 from data_loader import find_images, read_image
 from inference import CHECKPOINT
+from loss import read_ratings, study_order
 from model import Generator, save_checkpoint
 
 ROOT = Path(inference.__file__).parent
@@ -193,7 +194,7 @@ def test_a_folder(app, client, tmp_path):
 
 def test_the_study_goes_on_where_it_was_left(app, client, faces):
     """Nothing that reaches the rater names a method; a rating sent twice counts once."""
-    order = inference.study_order("bo", 0, [path.name for path in find_images(faces)])
+    order = study_order("bo", 0, [path.name for path in find_images(faces)])
     picture, text, index = client.predict(" Bo ", api_name="/start")
     assert (text, index) == ("Picture 1 of 70", 0)
     client.predict("bo", 0, api_name="/rate_5")
@@ -203,7 +204,7 @@ def test_the_study_goes_on_where_it_was_left(app, client, faces):
         assert np.array_equal(np.array(Image.open(picture)), read_image(faces / order[1][0])[0])
     again = Client(app.url, verbose=False, analytics_enabled=False)
     assert again.predict("bo", api_name="/start")[1:] == ("Picture 2 of 70", 1)
-    rows = inference.read_ratings(app.folder / "results" / "ratings.csv")
+    rows = read_ratings(app.folder / "results" / "ratings.csv")
     assert [(r["face"], r["method"], r["rating"]) for r in rows if r["rater"] == "bo"] == [(*order[0][:2], 5)]
     assert "name" in client.predict("  ", api_name="/start")[1]
     table, plot = client.predict(api_name="/results")
@@ -263,7 +264,7 @@ def test_ten_ratings_by_keyboard(app, page):
         for key in ("6", "a", "Control+3", str(i % 5 + 1)):  # only the last one rates
             page.keyboard.press(key)
         page.get_by_text(f"Picture {i + 2} of 70").wait_for()
-    rows = inference.read_ratings(app.folder / "results" / "ratings.csv")
+    rows = read_ratings(app.folder / "results" / "ratings.csv")
     assert [row["rating"] for row in rows if row["rater"] == "cy"] == [1, 2, 3, 4, 5] * 2
     page.get_by_text("Results").first.click()
     page.get_by_role("button", name="Show the results").click()

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from data_loader import quantise, simulate, to_tensor
-from inference import CHECKPOINT, sample_faces, upscale
+from data_loader import quantise, sample_faces, simulate, to_tensor, write_atomically
+from inference import CHECKPOINT, upscale
 from model import (
     CheckpointError,
     Discriminator,
@@ -16,7 +16,6 @@ from model import (
     interpolate,
     load_checkpoint,
     save_checkpoint,
-    write_atomically,
 )
 
 

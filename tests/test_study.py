@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 import inference
-from inference import METHODS, RATINGS, append_rating, read_ratings, study_order, study_results
-from loss import krippendorff_alpha, mean_opinion_scores
+from data_loader import DataError
+from loss import (
+    METHODS, RATINGS, Study, append_rating, krippendorff_alpha, mean_opinion_scores, read_ratings, study_order,
+    study_results)
 
 NAN = float("nan")
 FACES = [f"{i}.png" for i in range(20)]
@@ -175,7 +177,7 @@ class FakeWorkshop:
 
 @pytest.fixture
 def study(faces, tmp_path):
-    return inference.Study(FakeWorkshop(), faces, tmp_path / "ratings.csv", 3)
+    return Study(FakeWorkshop(), faces, tmp_path / "ratings.csv", 3)
 
 
 def test_what_the_study_shows(study, faces):
@@ -198,7 +200,7 @@ def test_rating_resuming_and_finishing(study, faces, tmp_path):
     study.rate("anna", 0, 1)  # a key pressed twice
     study.rate("anna", 2, 1)  # a page left open
     study.rate("bo", 0, 2)
-    again = inference.Study(FakeWorkshop(), faces, tmp_path / "ratings.csv", 3)
+    again = Study(FakeWorkshop(), faces, tmp_path / "ratings.csv", 3)
     assert again.place("anna") == (1, order) and again.place("bo")[0] == 1 and again.place("cy")[0] == 0
     for index in range(1, 70):
         again.rate("anna", index, 1 + index % 5)
@@ -208,9 +210,9 @@ def test_rating_resuming_and_finishing(study, faces, tmp_path):
         rows = [row for row in csv.DictReader(file) if row["rater"] == "anna"]
     assert [(row["face"], row["method"], int(row["repeat"])) for row in rows] == order
     assert [row["rating"] for row in rows][:3] == ["4", "2", "3"] and rows[0]["seed"] == "3"
-    with pytest.raises(inference.UsageError, match="name"):
+    with pytest.raises(DataError, match="name"):
         again.rate("", 0, 5)
-    other = inference.Study(FakeWorkshop(), faces, tmp_path / "ratings.csv", 4)
+    other = Study(FakeWorkshop(), faces, tmp_path / "ratings.csv", 4)
     assert other.place("anna")[0] == 0  # another seed, another study
 
 
@@ -220,9 +222,9 @@ def test_a_study_of_other_faces_does_not_go_on(study, tmp_path, faces):
     for path in sorted(faces.iterdir())[:2]:
         (tmp_path / "few" / f"x{path.name}").write_bytes(path.read_bytes())
     (tmp_path / "few" / "broken.png").write_text("hello")
-    other = inference.Study(FakeWorkshop(), tmp_path / "few", tmp_path / "ratings.csv", 3)
+    other = Study(FakeWorkshop(), tmp_path / "few", tmp_path / "ratings.csv", 3)
     assert len(other.faces) == 2
-    with pytest.raises(inference.UsageError, match="anna"):
+    with pytest.raises(DataError, match="anna"):
         other.place("anna")
 
 
@@ -230,5 +232,5 @@ def test_twenty_faces_spread_over_the_folder(tmp_path, faces):
     content = next(faces.iterdir()).read_bytes()
     for i in range(50):
         (tmp_path / f"{i:02d}.png").write_bytes(content)
-    study = inference.Study(FakeWorkshop(), tmp_path, tmp_path / "none.csv", 0)
+    study = Study(FakeWorkshop(), tmp_path, tmp_path / "none.csv", 0)
     assert len(study.faces) == 20 and study.faces[0] == "00.png" and study.faces[-1] >= "47.png"
