@@ -363,6 +363,12 @@ def downscale(hr, scale, kernel="bicubic"):
     return resize(hr, hr.shape[-2] // scale, hr.shape[-1] // scale, kernel)
 
 
+def enlarge(picture, scale):
+    """Enlarge (H, W) or (H, W, 3) uint8 with Pillow's bicubic kernel: the baseline of all scores."""
+    height, width = picture.shape[:2]
+    return np.array(Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.BICUBIC))
+
+
 def degrade(hr, scale, rng, rank=0, world=1):
     """Make low-resolution pictures as the world does: a kernel per picture, and for three in twenty a
     slight blur before, or noise or JPEG after the reduction.

@@ -22,7 +22,7 @@ import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import cv2
@@ -31,11 +31,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data_loader import (DAMAGES, KERNELS, DataError, choose_output, find_images, find_inputs, quantise, read_image,
+from data_loader import (DAMAGES, KERNELS, DataError, choose_output, enlarge, find_images, find_inputs, read_image,
                          sample_faces, simulate, to_tensor, to_uint8, write_png)
 from loss import GRADES, Study, compare, plot_comparison, plot_opinions, read_ratings, report, study_results
-from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, FlipEnsemble, bicubic,
-                   interpolate, load_checkpoint, select_device, select_dtype)
+from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, FlipEnsemble, interpolate,
+                    load_checkpoint, select_device, select_dtype)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 STRENGTH = 1.0              # of the shipped weights; chosen on the validation faces
@@ -51,24 +51,24 @@ class UsageError(Exception):
 # Upscaling --------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def upscale(generator, lr):
-    """Enlarge (N, 3, H, W) in [0, 1] to (N, 3, sH, sW) in [0, 1], rounded to 8-bit levels.
+def upscale(generator, pictures):
+    """Enlarge pictures of one size: (N, H, W, 3) uint8, or a list of N, to (N, sH, sW, 3) uint8.
 
-    `generator` comes from `Generator.for_inference()`. Large pictures are cut into equal tiles of at
-    most TILE, so that memory stays bounded; each is computed with a margin, which hides the seams.
+    `generator` comes from `Generator.for_inference()`, on any device. Large pictures are cut into equal tiles of
+    at most TILE, each computed with a margin, which hides the seams. The device holds one tile at a time, and
+    the result is held once, in 8 bits.
     """
-    lr = lr.contiguous(memory_format=torch.channels_last)
-    scale, (height, width) = generator.scale, lr.shape[2:]
-    rows, columns = -(-height // TILE), -(-width // TILE)
-    if rows == columns == 1:
-        return quantise(generator(lr))
-    sr = lr.new_empty(len(lr), 3, height * scale, width * scale)
-    for top, bottom in pairwise(i * height // rows for i in range(rows + 1)):
-        for left, right in pairwise(i * width // columns for i in range(columns + 1)):
-            y, x = max(0, top - OVERLAP), max(0, left - OVERLAP)
-            tile = generator(lr[..., y:bottom + OVERLAP, x:right + OVERLAP])
-            sr[..., top * scale:bottom * scale, left * scale:right * scale] = quantise(
-                tile[..., (top - y) * scale:(bottom - y) * scale, (left - x) * scale:(right - x) * scale])
+    pictures, device = np.asarray(pictures), next(generator.parameters()).device
+    scale, (number, height, width, _) = generator.scale, pictures.shape
+    sr = np.empty((number, height * scale, width * scale, 3), np.uint8)
+    rows, columns = ([*pairwise(i * side // -(-side // TILE) for i in range(-(-side // TILE) + 1))]
+                     for side in (height, width))
+    for (top, bottom), (left, right) in product(rows, columns):
+        y, x = max(0, top - OVERLAP), max(0, left - OVERLAP)
+        lr = to_tensor(pictures[:, y:bottom + OVERLAP, x:right + OVERLAP]).to(device)
+        tile = to_uint8(generator(lr.contiguous(memory_format=torch.channels_last)))
+        sr[:, top * scale:bottom * scale, left * scale:right * scale] = \
+            tile[:, (top - y) * scale:(bottom - y) * scale, (left - x) * scale:(right - x) * scale]
     return sr
 
 
@@ -120,14 +120,14 @@ def read_pictures(args, files, scale, taken, failed):
             failed(str(error) if str(path) in str(error) else f"{path}: {error}")
 
 
-def upscale_pictures(generator, pictures, device, batch_size):
+def upscale_pictures(generator, pictures, batch_size):
     """Yield (picture, sr), sr (sH, sW, 3) uint8, batching pictures of one size; large ones go
     alone, and the order may differ."""
     waiting = {}
 
     def flush(shape):
         group = waiting.pop(shape)
-        yield from zip(group, to_uint8(upscale(generator, to_tensor([p.lr for p in group]).to(device))))
+        yield from zip(group, upscale(generator, [picture.lr for picture in group]))
 
     for picture in pictures:
         shape = picture.lr.shape
@@ -143,8 +143,7 @@ def upscale_pictures(generator, pictures, device, batch_size):
 def write_result(picture, sr, scale):
     """Write the PNG of a result, with the alpha channel enlarged beside it."""
     if picture.alpha is not None:
-        alpha = to_tensor([np.repeat(picture.alpha[..., None], 3, axis=2)])
-        sr = np.dstack([sr, to_uint8(bicubic(alpha, scale))[0, ..., 0]])
+        sr = np.dstack([sr, enlarge(picture.alpha, scale)])
     write_png(picture.output, sr)
 
 
@@ -174,11 +173,10 @@ def load_generators(checkpoint, strength, both=False):
     return interpolate(faithful, generator, strength), faithful if both else None
 
 
-def added_detail(faithful, lr, sr, device):
+def added_detail(faithful, lr, sr):
     """Show what was invented: three times the difference of sr to the faithful network's result,
     around gray, (H, W, 3) uint8."""
-    certain = upscale(faithful, to_tensor([lr]).to(device)).cpu()
-    return to_uint8((to_tensor([sr]) - certain) * 3 + 128 / 255)[0]
+    return ((sr.astype(np.int16) - upscale(faithful, [lr])[0]) * 3 + 128).clip(0, 255).astype(np.uint8)
 
 
 def main(args):
@@ -214,7 +212,7 @@ def main(args):
     comparison, metrics = (choose_output(Path(name), args.output, taken)
                            for name in ("comparison.png", "metrics.csv"))
     pictures = read_pictures(args, files, generator.scale, taken, failed)
-    results = upscale_pictures(generator, pictures, device, args.batch_size)
+    results = upscale_pictures(generator, pictures, args.batch_size)
     for picture, sr, writing in tqdm(write_results(results, generator.scale), "upscaling", len(files) or None,
                                      unit="picture", leave=False, disable=None):
         row, line = None, {}
@@ -230,7 +228,7 @@ def main(args):
             scores[picture.name] = line
         if len(sheet) < SHOWN:
             if faithful is not None:
-                row["added detail\nx3, from gray"] = added_detail(faithful, picture.lr, sr, device)
+                row["added detail\nx3, from gray"] = added_detail(faithful, picture.lr, sr)
             sheet[picture.name] = row
     if sheet:
         plot_comparison(comparison, [sheet[name] for name in sorted(sheet)])
@@ -323,7 +321,7 @@ class Workshop:
 
     def upscale(self, lr, strength):
         with self.turn:
-            return to_uint8(upscale(self.generator(round(strength, 2)), to_tensor([lr]).to(self.device)))[0]
+            return upscale(self.generator(round(strength, 2)), [lr])[0]
 
     def read(self, path, output, shrink=False):
         """Read an upload as a Picture. Raises DataError with a sentence that names the file without its folder."""
@@ -356,7 +354,7 @@ class Workshop:
         invented = None
         if added:
             with self.turn:
-                invented = added_detail(self.generator(0.0), picture.lr, sr, self.device)
+                invented = added_detail(self.generator(0.0), picture.lr, sr)
         write_result(picture, sr, self.scale)
         blurred = replace(picture, output=folder / "bicubic.png")
         write_result(blurred, list(row.values())[1], self.scale)
@@ -398,7 +396,7 @@ def build_app(workshop, study):
         gr.Warning(str(error))
         return f"**{error}**"
 
-    def enlarge(photo, strength, shrink, added):
+    def upscale_one(photo, strength, shrink, added):
         nothing = {slider: None, pixels: None, truth: gr.Image(None, visible=False), status: "",
                    invented: gr.Image(None, visible=False), download: gr.DownloadButton(interactive=False)}
         if photo is None:
@@ -458,7 +456,7 @@ def build_app(workshop, study):
                         pixels = shown(label="The small picture")
                         truth = shown(label="The truth", visible=False)
                         invented = shown(label="What was invented", visible=False)
-            gr.on([photo.change, strength.change, shrink.input, added.input], enlarge,
+            gr.on([photo.change, strength.change, shrink.input, added.input], upscale_one,
                   [photo, strength, shrink, added], [slider, pixels, truth, invented, download, status],
                   trigger_mode="always_last", api_name="upscale", concurrency_id="upscale")
             with gr.Accordion("What do the words mean?", open=False):

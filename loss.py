@@ -22,9 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data_loader import (MARK, METRICS, DataError, downscale, find_images, read_image, simulate, square_face,
+from data_loader import (MARK, METRICS, DataError, downscale, enlarge, find_images, read_image, simulate, square_face,
                          to_tensor, to_uint8, write_atomically)
-from model import bicubic
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
 # how many layers of torchvision's vgg19().features lead there.
@@ -198,7 +197,7 @@ def plot_comparison(path, rows):
 def compare(picture, sr, scale):
     """Compare a result with bicubic and, where it is known, the ground truth: (its row for
     `plot_comparison`, its line of metrics.csv or {})."""
-    enlarged = to_uint8(bicubic(to_tensor([picture.lr]), scale))[0]
+    enlarged = enlarge(picture.lr, scale)
     captions = [f"{picture.name}\nLR {picture.lr.shape[1]}x{picture.lr.shape[0]}", "bicubic\n", "ours\n"]
     if picture.hr is None:
         return dict(zip(captions, (picture.lr, enlarged, sr))), {}
@@ -304,7 +303,7 @@ class Study:
             lr, _ = simulate(face, workshop.scale)
             ours = (workshop.upscale(lr, strength) for strength in (0, 1))
             nearest = lr.repeat(workshop.scale, axis=0).repeat(workshop.scale, axis=1)
-            blurred = to_uint8(bicubic(to_tensor([lr]), workshop.scale))[0]
+            blurred = enlarge(lr, workshop.scale)
             self.faces.append(name)
             self.pictures |= zip(((name, method) for method in METHODS), (face, nearest, blurred, *ours))
         if not self.faces:

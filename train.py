@@ -65,7 +65,7 @@ def validate(generator, faces, device, features=None):
         lr, hr = simulate(face, generator.scale)
         pictures.append(Picture(f"{i}", None, lr, hr=hr))
     lines, sheet = [], []
-    for picture, sr in upscale_pictures(generator, pictures, device, batch_size=16):
+    for picture, sr in upscale_pictures(generator, pictures, batch_size=16):
         row, line = compare(picture, sr, generator.scale)
         if features is not None:
             with torch.no_grad():
