@@ -9,6 +9,7 @@ flipped and reduced there for every step:
     lr, hr = batches(step)                              # float in [0, 1]: (16, 3, 16, 16), (16, 3, 64, 64)
 """
 import functools
+import gc
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
+from torch.nn import functional as F
 from tqdm import tqdm
 
 FACE_SIZE = 128             # FFHQ's thumbnails, the HR size
@@ -41,7 +43,11 @@ KERNELS = {
     "cv2-linear": cv2.INTER_LINEAR, "cv2-cubic": cv2.INTER_CUBIC,
 }
 # What else may befall the small picture; the numbers are those of the robustness table.
-DAMAGES = ("none", "blur", "noise", "jpeg75", "jpeg50")
+DAMAGES = ("none", "blur", "blur3", "noise", "jpeg75", "jpeg50", "wild")
+# Of the pictures to train on: how much of its frame the face is reduced to and how often, and how many are turned;
+# how many are damaged and, of those, blurred, noisy and JPEG-coded.
+ZOOMS, ZOOM_SHARES = (1, 0.9, 0.8, 0.7, 0.6, 0.55), (0.5, 0.1, 0.1, 0.1, 0.1, 0.1)
+TURNED, HURT, BLURRED, NOISY, CODED = 0.2, 0.5, 0.5, 0.35, 0.5
 
 
 class DataError(Exception):
@@ -322,20 +328,53 @@ def _resize_matrix(size, new_size, kernel, device):
     return torch.tensor(weights, device=device)                     # (size, new_size)
 
 
-@functools.lru_cache(maxsize=4096)
-def _crop_matrix(start, cut, size, flip, device):
-    """Weights for taking `cut` of a face's samples from `start` on and resizing them to `size`."""
-    matrix = torch.zeros(FACE_SIZE, size)
-    matrix[start:start + cut] = _resize_matrix(cut, size, "bicubic", torch.device("cpu"))
-    return (matrix.flip(1) if flip else matrix).to(device)          # (128, size)
-
-
 @functools.lru_cache(maxsize=256)
-def _blur_matrix(size, sigma, device):
-    """Weights for a Gaussian blur of `size` samples; sigma 0 leaves them as they are."""
-    kernel = cv2.getGaussianKernel(2 * round(3 * sigma) + 1, sigma or 1)
+def _blur_matrix(size, sigma):
+    """Weights for a Gaussian blur of `size` samples, sigma above 0."""
+    kernel = cv2.getGaussianKernel(2 * round(3 * sigma) + 1, sigma)
     identity = np.eye(size, dtype=np.float32)
-    return torch.tensor(cv2.sepFilter2D(identity, -1, kernel, np.ones(1)), device=device)   # (size, size)
+    return torch.tensor(cv2.sepFilter2D(identity, -1, kernel, np.ones(1)))      # (size, size)
+
+
+# Tables of such matrices, so that a batch picks its own with one index on the device.
+
+@functools.lru_cache(maxsize=8)
+def _crop_table(cuts, size, device):
+    """Weights for taking `cut` of a face's samples and resizing them to `size`, for each of `cuts` and every
+    place; a cut that is larger than the face sees its border mirrored: (places, 128, size) and, by cut, where
+    its places begin in the table and how many they are."""
+    matrices, first, number = [], [], []
+    mirrored = np.pad(np.arange(FACE_SIZE), FACE_SIZE - 1, mode="reflect")
+    cpu = torch.device("cpu")
+    for cut in cuts:
+        first.append(len(matrices))
+        number.append(abs(FACE_SIZE - cut) + 1)
+        for start in range(min(0, FACE_SIZE - cut), max(0, FACE_SIZE - cut) + 1):
+            samples = torch.from_numpy(mirrored[start + FACE_SIZE - 1:][:cut])
+            weights = _resize_matrix(cut, size, "bicubic", cpu)
+            matrices.append(torch.zeros(FACE_SIZE, size).index_add_(0, samples, weights))
+    return torch.stack(matrices).to(device), np.array(first), np.array(number)
+
+
+@functools.lru_cache(maxsize=8)
+def _degradation_tables(size, scale, device):
+    """Weights of the KERNELS for a reduction, (6, size, size / scale), whether they are Pillow's, (6,), and weights
+    of blurs by 1 to 8 eighths of `scale` HR pixels, (8, size, size)."""
+    cpu = torch.device("cpu")
+    return (torch.stack([_resize_matrix(size, size // scale, kernel, cpu) for kernel in KERNELS]).to(device),
+            torch.tensor([not kernel.startswith("cv2-") for kernel in KERNELS], device=device),
+            torch.stack([_blur_matrix(size, eighths * scale / 8) for eighths in range(1, 9)]).to(device))
+
+
+def turn(levels, angles):
+    """Turn (N, 3, S, S) levels about their centre by N angles, in degrees, clockwise; what comes into view is the
+    mirrored border."""
+    cos, sin = (torch.tensor(values, dtype=levels.dtype) for values in (np.cos(np.radians(angles)),
+                                                                        np.sin(np.radians(angles))))
+    zero = torch.zeros_like(cos)
+    matrices = torch.stack([torch.stack([cos, sin, zero], 1), torch.stack([-sin, cos, zero], 1)], 1)
+    grid = F.affine_grid(matrices.to(levels.device), levels.shape, align_corners=False)
+    return _levels(F.grid_sample(levels, grid, "bicubic", "reflection", align_corners=False))
 
 
 def _resample(levels, columns, rows, round_between):
@@ -370,56 +409,69 @@ def enlarge(picture, scale):
 
 
 def degrade(hr, scale, rng, rank=0, world=1):
-    """Make low-resolution pictures as the world does: a kernel per picture, and for three in twenty a
-    slight blur before, or noise or JPEG after the reduction.
+    """Make low-resolution pictures as the world does: a kernel per picture and, for every second one, each with
+    its own chance, blur (as of a face out of focus, a scan, an enlarged picture), noise and JPEG.
 
     hr is (N, 3, sS, sS) in [0, 1], `rng` a numpy Generator; returns (N, 3, S, S), 8-bit levels. Where
     `world` processes share a batch, hr holds its pictures rank, rank + world, ...: each process draws for
     all, and takes its own.
     """
     size, device, total = hr.shape[-1], hr.device, len(hr) * world
-    small = size // scale
-    kernels, damages, sigmas, qualities, deviations, noise = (values[rank::world] for values in (
-        rng.choice(list(KERNELS), total, p=[0.35, 0.05, 0.05, 0.1, 0.35, 0.1]),
-        rng.choice(["none", "blur", "noise", "jpeg"], total, p=[0.85, 0.05, 0.05, 0.05]),
-        rng.choice(np.linspace(0.4, 1.6, 7), total),                # of the blur, in HR pixels
-        rng.integers(50, 96, total), rng.uniform(1, 6, total) / 255,
-        rng.standard_normal((total, 3, small, small), dtype=np.float32)))
+    small, mine = size // scale, slice(rank, None, world)
+    kernels = rng.choice(len(KERNELS), total, p=[0.35, 0.05, 0.05, 0.1, 0.35, 0.1])
+    hurt = rng.random((3, total)) < np.where(rng.random(total) < HURT, [[BLURRED], [NOISY], [CODED]], 0)
+    sigmas, qualities = rng.integers(0, 8, total), rng.integers(40, 96, total)
+    noise = {i: rng.standard_normal((3, small, small), dtype=np.float32) * np.float32(rng.uniform(1, 8))
+             for i in np.flatnonzero(hurt[1])}
+    noise = [noise[i] for i in range(total)[mine] if i in noise]
+    blurred, noisy, coded = (np.flatnonzero(which[mine]) for which in hurt)
 
+    reductions, pillow, blurs = _degradation_tables(size, scale, device)
     levels = hr * 255
-    if "blur" in damages:
-        blur = torch.stack([_blur_matrix(size, sigma if damage == "blur" else 0.0, device)
-                            for sigma, damage in zip(sigmas, damages)])[:, None]
-        levels = _resample(levels, blur, blur, False)
-    reduction = torch.stack([_resize_matrix(size, small, kernel, device) for kernel in kernels])[:, None]
-    pillow = torch.tensor([not kernel.startswith("cv2-") for kernel in kernels], device=device)
-    lr = _resample(levels, reduction, reduction, pillow[:, None, None, None]) / 255
-    noisy, coded = (np.flatnonzero(damages == name) for name in ("noise", "jpeg"))
-    if len(noisy):
-        added = torch.from_numpy(noise[noisy] * deviations[noisy, None, None, None].astype(np.float32))
-        lr[noisy] = quantise(lr[noisy] + added.to(device))
-    if len(coded):      # OpenCV codes one picture at a time, on the CPU
-        pictures = zip(to_uint8(lr[coded]), qualities[coded])
+    if len(blurred):
+        blur = blurs[torch.from_numpy(sigmas[mine][blurred]).to(device)][:, None]
+        levels[blurred] = _resample(levels[blurred], blur, blur, False)
+    kernels = torch.from_numpy(kernels[mine]).to(device)
+    reduction = reductions[kernels][:, None]
+    lr = _resample(levels, reduction, reduction, pillow[kernels][:, None, None, None])
+    if noise:
+        lr[noisy] = _levels(lr[noisy] + torch.from_numpy(np.stack(noise)).to(device))
+    lr /= 255
+    if len(coded):      # OpenCV codes one picture at a time, on the CPU; of training, on the thread of Prefetch
+        pictures = zip(to_uint8(lr[coded]), qualities[mine][coded])
         lr[coded] = to_tensor([jpeg(picture, quality) for picture, quality in pictures]).to(device)
     return lr
 
 
 def simulate(hr, scale, kernel="bicubic", damage="none"):
     """Cut an (H, W, 3) uint8 picture to a multiple of `scale` and reduce it with one of KERNELS and one
-    of DAMAGES: (lr, hr), both uint8. Blur has a sigma of 1 HR pixel, noise a deviation of 4 levels (the
-    same for the same picture size), JPEG the quality of its name."""
+    of DAMAGES: (lr, hr), both uint8. The same picture always meets the same fate.
+
+    Blur has a sigma of 1 HR pixel, or of the 3 in its name, noise a deviation of 4 levels, JPEG the quality of its
+    name. "wild" is what people have: turned by up to 30 degrees, the face reduced to 0.55 to 1 of its frame, in half
+    of the pictures blur of up to 2 HR pixels, any kernel, in half noise of up to 8 levels, in 70 % JPEG 40 to 95.
+    """
     height, width = (side - side % scale for side in hr.shape[:2])
     if not height or not width:
         raise DataError(f"only {hr.shape[1]}x{hr.shape[0]} pixels, too small to reduce")
     hr = np.ascontiguousarray(hr[:height, :width])
-    sharp = cv2.GaussianBlur(hr, (0, 0), 1) if damage == "blur" else hr
-    lr = to_uint8(downscale(to_tensor([sharp]), scale, kernel))[0]
-    if damage == "noise":
-        noise = np.random.default_rng(0).standard_normal(lr.shape) * 4
-        lr = np.rint(lr + noise).clip(0, 255).astype(np.uint8)
+    rng = np.random.default_rng(zlib.crc32(hr.tobytes()) if damage == "wild" else 0)
+    sigma, deviation, quality = {"blur": 1, "blur3": 3}.get(damage, 0), 4 * (damage == "noise"), 0
+    if damage == "wild":
+        angle, zoom, kernel = rng.uniform(-30, 30), rng.uniform(0.55, 1), rng.choice(list(KERNELS))
+        reduced = Image.fromarray(hr).resize((round(width * zoom), round(height * zoom)), Image.Resampling.LANCZOS)
+        matrix = cv2.getRotationMatrix2D(((reduced.width - 1) / 2, (reduced.height - 1) / 2), angle, 1)
+        matrix[:, 2] += (width - reduced.width) / 2, (height - reduced.height) / 2
+        hr = cv2.warpAffine(np.array(reduced), matrix, (width, height), flags=cv2.INTER_CUBIC,
+                            borderMode=cv2.BORDER_REFLECT_101)
+        sigma, deviation = rng.uniform(0, 2) * (rng.random() < 0.5), rng.uniform(0, 8) * (rng.random() < 0.5)
+        quality = rng.integers(40, 96) * (rng.random() < 0.7)
     elif damage.startswith("jpeg"):
-        lr = jpeg(lr, int(damage[4:]))
-    return lr, hr
+        quality = int(damage[4:])
+    lr = to_uint8(downscale(to_tensor([cv2.GaussianBlur(hr, (0, 0), sigma) if sigma else hr]), scale, kernel))[0]
+    if deviation:
+        lr = np.rint(lr + rng.standard_normal(lr.shape) * deviation).clip(0, 255).astype(np.uint8)
+    return jpeg(lr, quality) if quality else lr, hr
 
 
 def jpeg(picture, quality):
@@ -442,18 +494,16 @@ class FaceBatches:
         batch_size: pictures in the batch of all processes together.
         patch_size: height and width of the HR patches, a multiple of the scale, at most 128.
         degradation: "bicubic" (downscale alone) or "mixed" (degrade).
-        min_zoom: patches are reduced by a random factor between this and 1, so that faces of
-            several sizes are seen.
         device: where batches are made; default: where the faces are.
     """
 
     def __init__(self, faces, batch_size=16, patch_size=64, scale=4, degradation="mixed",
-                 min_zoom=0.7, seed=0, rank=0, world=1, device=None):
+                 seed=0, rank=0, world=1, device=None):
         self.faces, self.batch_size, self.patch_size, self.scale = faces, batch_size, patch_size, scale
         self.degradation, self.seed, self.rank, self.world = degradation, seed, rank, world
         self.device = device or faces.device
-        # A few sizes to cut, so that their matrices of weights are made once.
-        self.cuts = np.linspace(patch_size, min(FACE_SIZE, round(patch_size / min_zoom)), 5).round().astype(int)
+        cuts = tuple(round(patch_size / zoom) for zoom in ZOOMS)
+        self.crops, self.first, self.number = _crop_table(cuts, patch_size, self.device)
         self.epoch, self.order = -1, None
 
     def _index(self, position):
@@ -470,19 +520,24 @@ class FaceBatches:
         # Drawn for the whole batch, so that each process draws the same.
         rng = np.random.default_rng([self.seed, 1, step])
         index = [self._index(step * self.batch_size + i) for i in range(self.batch_size)]
-        cuts = rng.choice(self.cuts, self.batch_size)
-        corners = (rng.random((self.batch_size, 2)) * (FACE_SIZE - cuts[:, None] + 1)).astype(int)
+        turned = rng.random(self.batch_size) < TURNED * (self.degradation == "mixed")
+        angles = rng.uniform(-30, 30, self.batch_size)
+        # Turned ones are reduced, which hides that turning has softened them.
+        cuts = np.where(turned, rng.integers(2, len(ZOOMS), self.batch_size),
+                        rng.choice(len(ZOOMS), self.batch_size, p=ZOOM_SHARES))
+        places = self.first[cuts] + (rng.random((2, self.batch_size)) * self.number[cuts]).astype(int)
         flips = rng.random(self.batch_size) < 0.5
 
         mine = slice(self.rank, None, self.world)
         faces = self.faces[torch.tensor(index[mine], device=self.faces.device)]
-        if faces.device != self.device:     # the faces did not fit there
+        if faces.device.type != self.device.type:       # the faces did not fit there
             faces = faces.pin_memory().to(self.device, non_blocking=True)
-        rows, columns = (torch.stack([
-            _crop_matrix(int(start), int(cut), self.patch_size, bool(flip), self.device)
-            for start, cut, flip in zip(starts[mine], cuts[mine], flipped[mine])])[:, None]
-            for starts, flipped in ((corners[:, 0], np.zeros_like(flips)), (corners[:, 1], flips)))
-        hr = _resample(faces.float(), columns, rows, True) / 255
+        faces = faces.float()
+        rows, columns = self.crops[torch.from_numpy(places[:, mine]).to(self.device)][:, :, None]   # (N, 1, 128, patch)
+        if len(which := np.flatnonzero(turned[mine])):
+            faces[which] = turn(faces[which], angles[mine][which])
+        hr = _resample(faces, columns, rows, True) / 255
+        hr = torch.where(torch.from_numpy(flips[mine]).to(self.device)[:, None, None, None], hr.flip(-1), hr)
         if self.degradation == "mixed":
             lr = degrade(hr, self.scale, np.random.default_rng([self.seed, 2, step]), self.rank, self.world)
         else:
@@ -497,7 +552,8 @@ class Prefetch:
     def __init__(self, batches):
         self.batches, self.next = batches, (None, None)
         self.pool = ThreadPoolExecutor(1)
-        self.stream = torch.cuda.Stream(batches.device) if batches.device.type == "cuda" else None
+        # Of high priority: its few small kernels go between the training's many.
+        self.stream = torch.cuda.Stream(batches.device, priority=-1) if batches.device.type == "cuda" else None
 
     def _make(self, step):
         with torch.cuda.stream(self.stream):        # None: does nothing
@@ -519,5 +575,9 @@ class Prefetch:
 def place_faces(faces, device):
     """Move faces to the device where they leave it half of its free memory; otherwise they stay on
     the CPU, and every batch is sent."""
-    fits = device.type != "cuda" or faces.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-    return faces.to(device) if fits else faces
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()        # what an earlier stage has left counts as free
+        if faces.nbytes >= torch.cuda.mem_get_info(device)[0] / 2:
+            return faces
+    return faces.to(device)

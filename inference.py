@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data_loader import (DAMAGES, KERNELS, DataError, choose_output, enlarge, find_images, find_inputs, read_image,
                          sample_faces, simulate, to_tensor, to_uint8, write_png)
 from loss import GRADES, Study, compare, plot_comparison, plot_opinions, read_ratings, report, study_results
-from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, FlipEnsemble, interpolate,
+from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, FlipEnsemble, interpolate,
                     load_checkpoint, select_device, select_dtype)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
@@ -654,6 +654,9 @@ def run(argv=None):
         return main(parse_arguments(argv))
     except (UsageError, CheckpointError, DataError, DeviceError, OSError) as error:
         print(f"inference.py: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(f"inference.py: {CUDA_FULL}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -8,10 +8,10 @@ figure 4. Pictures are RGB tensors of shape (N, 3, H, W) with values in [0, 1] e
     sr = generator(lr)                  # (N, 3, H, W) -> (N, 3, 4H, 4W), not clamped
 """
 import copy
+import os
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -20,8 +20,9 @@ from data_loader import write_atomically
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-PRECISION_HELP = ("of the networks' arithmetic; auto: bfloat16 where the hardware computes in it, else "
-                  "float16 on CUDA and float32 on a CPU [%(default)s]")
+PRECISION_HELP = ("of the networks' arithmetic; auto: bfloat16 where the hardware computes in it, float16 on Volta and "
+                  "Turing, else float32, which is never TF32 [%(default)s]")
+CUDA_FULL = "the GPU's memory is full; try a smaller --batch-size, or --device cpu"
 
 
 class CheckpointError(Exception):
@@ -129,17 +130,22 @@ def interpolate(faithful, vivid, strength):
     return between
 
 
-@torch.no_grad()
-def update_ema(ema, generator, step, decay=0.999):
-    """Move the averaged generator towards the trained one, batch-norm buffers included. The decay
-    grows from 0.1 to `decay` with the steps, so that the first, poor weights are soon forgotten."""
-    decay = min(decay, (1 + step) / (10 + step))
-    pairs = list(zip(ema.state_dict().values(), generator.state_dict().values()))
-    floats = [pair for pair in pairs if pair[0].is_floating_point()]
-    torch._foreach_lerp_(*map(list, zip(*floats)), 1 - decay)       # one kernel instead of hundreds
-    for average, value in pairs:
-        if not average.is_floating_point():
-            average.copy_(value)
+class MovingAverage:
+    """Exponential moving average of a generator, batch-norm statistics included: moves `ema`, a copy of
+    `generator`, at each `update`. Both must stay on their device."""
+
+    def __init__(self, ema, generator, decay=0.999):
+        pairs = list(zip(ema.state_dict().values(), generator.state_dict().values()))
+        self.decay = decay
+        self.floats = [*map(list, zip(*(pair for pair in pairs if pair[0].is_floating_point())))]
+        self.counts = [*map(list, zip(*(pair for pair in pairs if not pair[0].is_floating_point())))]
+
+    @torch.no_grad()
+    def update(self, step):
+        """Move after a step. The decay grows from 0.1 with the steps: the first, poor weights are soon forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(*self.floats, 1 - decay)       # one kernel instead of hundreds
+        torch._foreach_copy_(*self.counts)
 
 
 class FlipEnsemble(nn.Module):
@@ -207,15 +213,30 @@ class Discriminator(nn.Module):
         return self.classifier(features).float().flatten()  # (N,)
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _SumOverProcesses.apply(gradient)
+
+
 class _ProcessesBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batch of all processes, on any device."""
+    """Batch norm over the batch of all processes, on any device; unlike torch's SyncBatchNorm it never makes
+    the host wait for a GPU."""
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
         values = x.float().transpose(0, 1).flatten(1)                   # (C, N * H * W)
         moments = torch.stack([values.mean(1), values.square().mean(1)])
-        mean, square = dist_nn.all_reduce(moments) / dist.get_world_size()
+        mean, square = _SumOverProcesses.apply(moments) / dist.get_world_size()
         variance = square - mean.square()
         with torch.no_grad():
             count = values.shape[1] * dist.get_world_size()
@@ -227,14 +248,11 @@ class _ProcessesBatchNorm(nn.BatchNorm2d):
         return (x * slope[:, None, None] + offset[:, None, None]).to(x.dtype)
 
 
-def synchronise_batch_norm(network, device):
+def synchronise_batch_norm(network):
     """Let every batch norm of `network` see the batch of all processes, not its own share only."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    for module in network.modules():        # torch's is for GPUs only
+    for module in network.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = _ProcessesBatchNorm
-    return network
 
 
 def save_checkpoint(path, generator, training):
@@ -282,25 +300,42 @@ def load_checkpoint(path):
 
 
 def select_device(name):
-    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device; auto is CUDA where there is one."""
+    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device, with its index on CUDA as tensors report it; auto
+    is CUDA where there is one. With several processes a machine, "cuda" is the GPU of this one.
+
+    From then on float32 is float32: TF32, with its 10 bits of mantissa, is off for convolutions and products.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise DeviceError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"--device {name}: this machine has no such CUDA device; try --device cpu")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise DeviceError(f"--device {name}: there is no CUDA device {index} on this machine, which has "
+                              f"{torch.cuda.device_count()}; try --device cpu, or fewer processes")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
 
 def select_dtype(name, device):
-    """Turn one of PRECISIONS into a dtype; auto is bfloat16 where the hardware computes in it, on
-    CUDA float16 otherwise, on a CPU float32. Weights in training and all losses stay float32."""
+    """Turn one of PRECISIONS into a dtype; auto is bfloat16 where the hardware computes in it (CPUs with
+    instructions for it, GPUs of compute capability 8 and above), float16 on GPUs of 7, else float32. Weights in
+    training and all losses stay float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        major, _ = torch.cuda.get_device_capability(device)
+        if torch.version.hip or major >= 8:
+            return torch.bfloat16
+        # Pascal is slow in float16; the GTX 16 series, of 7.5 too, is known for NaN in it.
+        return torch.float16 if major == 7 and "GTX 16" not in device_name(device) else torch.float32
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     native = features.get("avx512_bf16") or features.get("amx_bf16")
     return torch.bfloat16 if native else torch.float32

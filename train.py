@@ -7,7 +7,8 @@
 
 --output receives srresnet_x4.pth and srgan_x4.pth (the best of each stage), training_state.pth
 (all that --resume needs), log.jsonl (a line per validation), curves.png and samples/. The recipe
-is that of Ledig et al. 2017 (arXiv:1609.04802, section 3.2), shortened: Adam, 16 patches of 96x96 a step.
+is that of Ledig et al. 2017 (arXiv:1609.04802, section 3.2), shortened: Adam, 16 patches of 96x96 a step, on CUDA
+128, at a higher learning rate.
 """
 import argparse
 import copy
@@ -33,14 +34,17 @@ from data_loader import (FACE_SIZE, DataError, FaceBatches, Prefetch, draw_faces
 from inference import Picture, upscale_pictures
 from loss import (VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, compare, discriminator_loss, plot_comparison,
                   shifted, vgg_distance)
-from model import (PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Discriminator, Generator,
-                   device_name, load_checkpoint, load_plain, save_checkpoint, select_device, select_dtype,
-                   synchronise_batch_norm, update_ema)
+from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Discriminator, Generator,
+                   MovingAverage, device_name, load_checkpoint, load_plain, save_checkpoint, select_device,
+                   select_dtype, synchronise_batch_norm)
 
 STAGES = ("srresnet", "srgan")
 STATE = "training_state.pth"
 # Flags that a checkpoint does not tell: where somebody's files lie, and how the script was called.
 PRIVATE = ("train_dir", "gan_train_dir", "val_dir", "init", "output", "vgg_weights", "resume", "dry_run")
+# Defaults by device: a GPU is kept busy by 64 patches and more only, and must not wait for validations.
+DEFAULTS = {"cpu": dict(batch_size=16, lr=4e-4, gan_lr=1e-4, val_every=500, save_every=200),
+            "cuda": dict(batch_size=128, lr=8e-4, gan_lr=2e-4, val_every=2000, save_every=1000)}
 VAL_FACES = 100     # validated on, spread over the validation set
 LOG_EVERY = 10      # steps between looks at the losses; each look waits for the GPU
 
@@ -145,18 +149,15 @@ class Stage:
         if self.gan and not start and self.main_process:
             print(f"there is no {pretrained}: the generator of SRGAN starts untrained")
         self.ema = copy.deepcopy(generator).requires_grad_(False).to(device, memory_format=torch.channels_last)
-        if world > 1:
-            synchronise_batch_norm(generator, device)
-            synchronise_batch_norm(discriminator, device)
         self.generator = generator.to(device, memory_format=torch.channels_last)
         self.discriminator = discriminator.to(device, memory_format=torch.channels_last)
         self.generate, self.discriminate = self.generator, self.discriminator
+        self.average = MovingAverage(self.ema, self.generator)
         if world > 1:
-            # Buffers are not broadcast: D runs twice before its backward pass, and the second
-            # broadcast would overwrite what the first pass saved for it.
+            for network in (generator, discriminator):
+                synchronise_batch_norm(network)
             self.generate, self.discriminate = (DistributedDataParallel(
-                network, broadcast_buffers=False,
-                device_ids=[device] if device.type == "cuda" else None)
+                network, device_ids=[device] if device.type == "cuda" else None)
                 for network in (self.generator, self.discriminator))
         if self.gan:
             self.criterion = GeneratorLoss(args.pixel_weight, args.vgg_weight * (features is not None),
@@ -176,6 +177,8 @@ class Stage:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.autocast = functools.partial(torch.autocast, device.type, dtype,
                                           enabled=dtype != torch.float32)
+        networks = (self.generator, self.discriminator) if self.gan else (self.generator,)
+        self.statistics = [buffer for network in networks for buffer in network.buffers()]
 
         # Setup progress. Batches are a function of the step and nothing else in the training is
         # random, so the step is the whole random state.
@@ -201,6 +204,8 @@ class Stage:
         for optimizer in (self.g_optimizer, self.d_optimizer):
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
         lr, hr = self.batches(self.step)
+        if self.scaler.is_enabled():
+            scale, statistics = self.scaler.get_scale(), [buffer.clone() for buffer in self.statistics]
         with self.autocast():
             sr = self.generate(lr)
         fake_logits, values = None, {}
@@ -225,12 +230,17 @@ class Stage:
         self.backward(loss, self.g_optimizer)
         self.discriminator.requires_grad_(True)
         self.scaler.update()
-        if self.main_process:
-            update_ema(self.ema, self.generator, self.step)
-
-        for name, value in {**terms, **values}.items():     # sums stay on the device until read
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-        self.count += 1
+        if self.scaler.is_enabled() and self.scaler.get_scale() < scale:
+            # Too large for float16: an optimiser was skipped, and nothing else may remember the step.
+            if scale < 1:
+                raise TrainingError(self.diverged("scaled"))
+            torch._foreach_copy_(self.statistics, statistics)
+        else:
+            if self.main_process:
+                self.average.update(self.step)
+            for name, value in {**terms, **values}.items():     # sums stay on the device until read
+                self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.count += 1
         self.step += 1
         self.seconds += time.monotonic() - started
 
@@ -241,13 +251,15 @@ class Stage:
 
     def losses(self):
         """Mean losses since the last validation. Raises TrainingError where one is not finite."""
-        means = {name: float(value) / self.count for name, value in self.sums.items()}
+        means = {name: float(value) / max(1, self.count) for name, value in self.sums.items()}
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if bad:
-            raise TrainingError(
-                f"the {' and '.join(bad)} loss is not finite at step {self.step} of {self.name}; the "
-                f"last good state is kept in {self.args.output / STATE}; --resume with a lower learning rate")
+            raise TrainingError(self.diverged(" and ".join(bad)))
         return means
+
+    def diverged(self, which):
+        return (f"the {which} loss is not finite at step {self.step} of {self.name}; the last good state is kept in "
+                f"{self.args.output / STATE}; --resume with a lower learning rate")
 
     def validate(self):
         """Score the averaged generator, log, draw, and keep its checkpoint if it is the best."""
@@ -276,12 +288,16 @@ class Stage:
             if self.best is None:
                 set_aside(self.checkpoint)
             self.best = quality
-            recipe = {name: value for name, value in plain(self.args).items() if name not in PRIVATE}
-            save_checkpoint(self.checkpoint, self.ema, dict(
-                stage=self.name, step=self.step, metrics=scores, recipe=recipe,
-                data=[Path(folder).resolve().name for folder in self.folders], faces=self.face_count,
-                seconds=line["seconds"], device=device_name(self.device), torch=str(torch.__version__),
-                date=datetime.date.today().isoformat(), pretraining=self.pretraining))
+            self.keep(self.checkpoint, scores)
+
+    def keep(self, path, scores=None):
+        """Write the averaged generator with the facts of its training."""
+        recipe = {name: value for name, value in plain(self.args).items() if name not in PRIVATE}
+        save_checkpoint(path, self.ema, dict(
+            stage=self.name, step=self.step, metrics=scores or {}, recipe=recipe,
+            data=[Path(folder).resolve().name for folder in self.folders], faces=self.face_count,
+            seconds=round(self.seconds, 1), device=device_name(self.device), torch=str(torch.__version__),
+            date=datetime.date.today().isoformat(), pretraining=self.pretraining))
 
     def parts(self):
         names = ["generator", "ema", "g_optimizer", "scaler"]
@@ -300,7 +316,8 @@ class Stage:
     def load(self, state):
         """Go on from what `save` wrote."""
         for name, part in self.parts().items():
-            part.load_state_dict(state["parts"][name])
+            if name != "scaler" or state["parts"][name]:        # empty in a state that was not float16
+                part.load_state_dict(state["parts"][name])
         for name, value in state["progress"].items():
             setattr(self, name, value)
         if self.main_process and self.log.exists():     # lines of steps that will be taken again
@@ -345,9 +362,6 @@ def main(args):
     device = select_device(args.device)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     main_process = not dist.is_initialized() or dist.get_rank() == 0
     torch.backends.cudnn.benchmark = True
@@ -396,6 +410,8 @@ def run_stage(stage, stop):
             if stage.step % LOG_EVERY == 0 or not dist.is_initialized():
                 stopping = stop.agreed(stage.device)
             if stage.main_process:
+                if args.keep_every and stage.step % args.keep_every == 0:
+                    stage.keep(stage.checkpoint.with_stem(f"{stage.checkpoint.stem}_{stage.step:06d}"))
                 if last or stage.step % args.val_every == 0:
                     stage.validate()
                     stage.save()
@@ -427,9 +443,10 @@ def parse_arguments(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="auto", choices=PRECISIONS, help=PRECISION_HELP)
     add("--compile", action="store_true", help="compile the networks: faster steps after a minute or two; needs a "
-        "C++ compiler")
-    add("--val-every", type=int, default=500, metavar="STEPS", help="validate and save the state [%(default)s]")
-    add("--save-every", type=int, default=200, metavar="STEPS", help="save the state [%(default)s]")
+        "C++ compiler, on CUDA Triton")
+    add("--val-every", type=int, metavar="STEPS", help="validate and save the state [500; on CUDA 2000]")
+    add("--save-every", type=int, metavar="STEPS", help="save the state [200; on CUDA 1000]")
+    add("--keep-every", type=int, metavar="STEPS", help="also keep the averaged generator as it is then")
 
     add = parser.add_argument_group("networks").add_argument
     add("--scale", type=int, default=4, choices=[2, 4, 8], help="enlargement [%(default)s]")
@@ -441,14 +458,14 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("recipe").add_argument
     add("--pretrain-steps", type=int, default=15000, metavar="N", help="steps of SRResNet, or 0 [%(default)s]")
     add("--gan-steps", type=int, default=1900, metavar="N", help="steps of SRGAN, or 0 [%(default)s]")
-    add("--batch-size", type=int, default=16, help="patches per step, of all processes together; learning rates "
-        "and steps are for this whole batch too [%(default)s]")
+    add("--batch-size", type=int, help="patches per step, of all processes together; learning rates "
+        "and steps are for this whole batch too [16; on CUDA 128]")
     add("--patch-size", type=int, default=96, help="HR pixels: a multiple of the scale, 20 to 128 [%(default)s]")
     add("--degradation", default="mixed", choices=["bicubic", "mixed"], help="how LR is made [%(default)s]")
     add("--fixed-batch-norm", action="store_true", help="batch norm of the generator keeps the statistics it starts "
-        "with: to go on training good weights, faster and with small batches")
-    add("--lr", type=float, default=4e-4, help="learning rate of SRResNet (Adam, cosine to a hundredth) [%(default)s]")
-    add("--gan-lr", type=float, default=1e-4, help="learning rate of SRGAN [%(default)s]")
+        "with: to go on training good weights, faster, with small batches or on many GPUs")
+    add("--lr", type=float, help="learning rate of SRResNet (Adam, cosine to a hundredth) [4e-4; on CUDA 8e-4]")
+    add("--gan-lr", type=float, help="learning rate of SRGAN [1e-4; on CUDA 2e-4]")
     add("--discriminator-lr", type=float, metavar="LR", help="learning rate of the discriminator [that of --gan-lr]")
     add("--pixel-weight", type=float, default=1.0, help="of the mean squared error in SRGAN [%(default)s]")
     add("--vgg-weight", type=float, default=0.02, help="of the relative VGG distance in SRGAN [%(default)s]")
@@ -460,6 +477,7 @@ def parse_arguments(argv=None):
     add("--seed", type=int, default=0, help="of the weights and the batches [%(default)s]")
 
     args = parser.parse_args(argv)
+    parser.set_defaults(**DEFAULTS[select_device(args.device).type])
     stored = {}
     if args.resume:
         args.output = args.output or Path("checkpoints")
@@ -476,7 +494,8 @@ def parse_arguments(argv=None):
             raise TrainingError(f"--{name.replace('_', '-')} is {stored[name]} in the training to resume")
     if not (args.train_dir or args.dry_run):
         raise TrainingError("--train-dir is needed: one or more folders of faces")
-    for name in ("val_every", "save_every", "blocks", "channels", "batch_size", "lr", "gan_lr", "discriminator_lr"):
+    for name in ("val_every", "save_every", "keep_every", "blocks", "channels", "batch_size", "lr", "gan_lr",
+                 "discriminator_lr"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise TrainingError(f"--{name.replace('_', '-')} must be above 0")
     if min(args.pretrain_steps, args.gan_steps) < 0 or not args.pretrain_steps + args.gan_steps:
@@ -502,8 +521,13 @@ def run(argv=None):
         sys.exit(130)
     except (CheckpointError, DataError, DeviceError, LossError, TrainingError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    except torch._dynamo.exc.TorchDynamoException as error:
-        sys.exit(f"train.py: the networks cannot be compiled ({str(error).splitlines()[0]}); leave out --compile")
+    except torch.OutOfMemoryError:
+        sys.exit(f"train.py: {CUDA_FULL}")
+    except Exception as error:      # compilers fail in a dozen ways, none of which has a base class of its own
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch", "triton")):
+            raise
+        sys.exit(f"train.py: the networks cannot be compiled ({str(error).strip().splitlines()[0]}); "
+                 "leave out --compile")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -3,7 +3,8 @@
     python tests/benchmark.py                   # a few minutes; on the GPU where there is one
     python tests/benchmark.py --quick           # fewer repeats, smaller inputs
 
-Machines are noisy: contestants take turns, and every figure is a median. The plain side ("textbook")
+Machines are noisy: contestants take turns, and every figure is a median. On CUDA a turn is 100 steps without a wait
+for the GPU between them, so that launches overlap and a slow batch thread shows. The plain side ("textbook")
 has the same weights, networks and losses in float32 and the default memory format.
 """
 import argparse
@@ -44,16 +45,17 @@ def synchronise(device):
 
 
 def take_turns(contestants, device, repeats):
-    """Median seconds of each function in a dict, called in turn after one call to warm up."""
-    seconds = {name: [] for name in contestants}
+    """Median seconds of each function in a dict, called in turn after one turn to warm up."""
+    seconds, calls = {name: [] for name in contestants}, 100 if device.type == "cuda" else 1
     for repeat in range(repeats + 1):
         for name, function in contestants.items():
             synchronise(device)
             started = time.perf_counter()
-            function()
+            for _ in range(calls if repeat else 3):
+                function()
             synchronise(device)
             if repeat:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append((time.perf_counter() - started) / calls)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -222,11 +224,12 @@ def measure_training(args, device, folder):
                 for name, value in shapes.items()}, vgg)
     flags, compiling = (train.parse_arguments([
         "--train-dir", str(folder), "--output", str(folder / "out"), "--precision", args.precision, "--vgg-weights",
-        str(vgg), *more]) for more in ([], ["--compile"]))
+        str(vgg), "--device", args.device, *(["--batch-size", str(args.batch_size)] if args.batch_size else []), *more])
+        for more in ([], ["--compile"]))
     flags.output.mkdir()
     for name in train.STAGES:
         features = VGGFeatures(flags.vgg_layer, vgg).to(device) if name == "srgan" else None
-        textbook = TextbookTraining(flags, device, features, folder, args.repeats + 1)
+        textbook = TextbookTraining(flags, device, features, folder, 100 * (args.repeats + 1))
         stage, compiled = (train.Stage(name, its_flags, device, features) for its_flags in (flags, compiling))
         prefetch, waits = stage.batches, []
 
@@ -258,6 +261,7 @@ def main():
     parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
     parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="of ours [%(default)s]")
+    parser.add_argument("--batch-size", type=int, help="of the training [train.py's for the device]")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, smaller inputs")
     args = parser.parse_args()
     args.repeats = 2 if args.quick else 5

@@ -10,6 +10,7 @@ from data_loader import sample_faces, simulate, to_tensor, to_uint8, write_atomi
 from inference import CHECKPOINT, upscale
 from model import (
     CheckpointError,
+    DeviceError,
     Discriminator,
     FlipEnsemble,
     Generator,
@@ -17,6 +18,8 @@ from model import (
     interpolate,
     load_checkpoint,
     save_checkpoint,
+    select_device,
+    select_dtype,
 )
 
 
@@ -220,3 +223,33 @@ def test_full_disk_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError):
         write_atomically(path, fill)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["state.pth"]
+
+
+def test_devices_have_the_index_that_tensors_report(monkeypatch):
+    """Without it "cuda" and "cuda:0" are two devices, and nothing on CUDA works."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert select_device("auto") == select_device("cuda") == torch.device("cuda:0") == chosen[0]
+    assert select_device("cuda:1") == torch.device("cuda:1") == chosen[-1]
+    assert not torch.backends.cudnn.allow_tf32
+    monkeypatch.setenv("LOCAL_RANK", "1")       # torchrun's second process
+    assert select_device("auto") == torch.device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for name in ("auto", "cuda:2", "mps", "meta", "xpu", "nonsense"):
+        with pytest.raises(DeviceError, match="CUDA device|expected"):
+            select_device(name)
+
+
+def test_precision_follows_the_hardware(monkeypatch):
+    """By compute capability of the device that is used, not of the current one."""
+    gpus = {0: ((9, 0), "H200"), 1: ((7, 0), "V100"), 2: ((7, 5), "NVIDIA GeForce GTX 1660"), 3: ((6, 1), "GTX 1080")}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpus[device.index][0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpus[device.index][1])
+    chosen = [select_dtype("auto", torch.device("cuda", i)) for i in gpus]
+    assert chosen == [torch.bfloat16, torch.float16, torch.float32, torch.float32]
+    assert select_dtype("float16", torch.device("cuda", 3)) == torch.float16
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert select_dtype("auto", torch.device("cuda", 3)) == torch.bfloat16

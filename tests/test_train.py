@@ -222,11 +222,12 @@ def test_ema_moves_towards_the_generator_with_its_buffers():
         tensor.copy_(torch.full_like(tensor, 3))
     for tensor in ema.state_dict().values():
         tensor.copy_(torch.full_like(tensor, 1))
-    train.update_ema(ema, generator, step=10**6, decay=0.75)
+    average = train.MovingAverage(ema, generator, decay=0.75)
+    average.update(step=10**6)
     for name, tensor in ema.state_dict().items():
         expected = 1.5 if tensor.is_floating_point() else 3
         assert torch.all(tensor == expected), name
-    train.update_ema(ema, generator, step=0)  # at first it follows quickly
+    average.update(step=0)  # at first it follows quickly
     assert all(torch.all(tensor > 2.8) for tensor in ema.state_dict().values())
 
 
@@ -287,7 +288,7 @@ def test_discriminator_learns_to_tell_real_from_generated(stage):
     """D(real) and D(fake) must part: in the closest peer both are 1.0 from the second epoch on."""
     srgan = stage(
         "srgan", "--gan-steps", "100000", "--gan-lr", "1e-3", "--vgg-weight", "0",
-        "--patch-size", "32", "--batch-size", "8",
+        "--patch-size", "32", "--batch-size", "8", "--degradation", "bicubic",
     )
     for _ in range(160):
         srgan.train_step()
@@ -382,6 +383,43 @@ def gloo_worker(rank, folder, argv):
     train.dist.destroy_process_group()
 
 
+def test_a_step_too_large_for_float16_leaves_no_trace(stage):
+    """Neither the weights nor the average, the batch-norm statistics or the losses remember it; the next one counts."""
+    srgan = stage("srgan", "--precision", "float16")
+    srgan.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    networks = srgan.generator, srgan.discriminator, srgan.ema
+    before = [{name: value.clone() for name, value in network.state_dict().items()} for network in networks]
+    srgan.train_step()
+    assert srgan.scaler.get_scale() < 2.0**120 and srgan.step == 1 and srgan.count == 0
+    for network, state in zip(networks, before):
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, state[name]), name
+    srgan.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    srgan.train_step()
+    assert srgan.count == 1
+    for network, state in zip(networks, before):
+        assert all(not torch.equal(value, state[name]) for name, value in network.state_dict().items()
+                   if "running" in name)
+
+
+def test_a_float16_training_that_only_overflows_stops(stage):
+    srresnet = stage("srresnet", "--precision", "float16")
+    srresnet.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+    srresnet.generator.tail.weight.data.fill_(float("nan"))
+    with pytest.raises(train.TrainingError, match="not finite"):
+        srresnet.train_step()
+
+
+def test_a_bfloat16_training_is_resumed_in_float16(flags, tmp_path):
+    """Another GPU under --precision auto."""
+    call = [*flags, "--pretrain-steps", "2", "--gan-steps", "0"]
+    train.run([*call, "--precision", "bfloat16"])
+    train.run(["--output", str(tmp_path / "out"), "--resume", "--pretrain-steps", "4", "--precision", "float16",
+               "--val-every", "4"])
+    assert load_plain(tmp_path / "out" / train.STATE)["parts"]["scaler"]["scale"] > 0
+    assert log_lines(tmp_path / "out")[-1]["step"] == 4
+
+
 def test_two_processes_train_what_one_trains(stage, flags, tmp_path):
     """Two ranks with half of the batch each give what one process gives with the whole batch:
     gradients averaged, batch norm and its running statistics over both, the same degradations."""
@@ -457,11 +495,13 @@ def test_compiled_networks_train_the_same(stage, monkeypatch):
         assert (compiled[key] - expected).norm() < 0.01 * expected.norm(), key
 
 
-def test_without_a_compiler_one_sentence(tmp_path):
+@pytest.mark.parametrize("compiler", ["/nonexistent/c++", "false"])
+def test_without_a_compiler_one_sentence(compiler, tmp_path):
+    """One that is missing, and one that fails."""
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", "--dry-run", "--compile", "--device", "cpu"],
         capture_output=True, text=True,
-        env=os.environ | {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        env=os.environ | {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
     )
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and last.startswith("train.py: the networks cannot be compiled"), done.stderr
@@ -482,6 +522,9 @@ def test_users_mistakes_are_one_sentence(flags, tmp_path):
         [*flags, "--discriminator-lr", "0"],
         [*flags, "--pretrain-steps", "0", "--gan-steps", "0"],
         [*flags, "--device", "cuda:99"],
+        [*flags, "--device", "mps"],
+        [*flags, "--device", "meta"],
+        [*flags, "--keep-every", "0"],
         [*flags, "--fixed-batch-norm"],
         [*flags, "--vgg-weights", str(tmp_path / "absent.pth")],
         [*flags, "--vgg-layer", "conv5_4"],
@@ -495,3 +538,30 @@ def test_users_mistakes_are_one_sentence(flags, tmp_path):
         sentence = stop.value.code      # what sys.exit prints on stderr, with exit status 1
         assert isinstance(sentence, str) and sentence.startswith("train.py: "), call
         assert "\n" not in sentence, call
+
+
+def test_a_full_gpu_is_one_sentence_that_names_the_batch_size(flags, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train.Stage, "train_step", full)
+    with pytest.raises(SystemExit) as stop:
+        train.run(flags)
+    assert stop.value.code.startswith("train.py: the GPU's memory is full") and "--batch-size" in stop.value.code
+
+
+def test_the_defaults_suit_the_device(monkeypatch):
+    def defaults(device, *more):
+        monkeypatch.setattr(train, "select_device", lambda name: torch.device(device))
+        args = train.parse_arguments(["--train-dir", "x", *more])
+        return args.batch_size, args.lr, args.gan_lr
+
+    assert defaults("cpu") == (16, 4e-4, 1e-4)
+    assert defaults("cuda") == (128, 8e-4, 2e-4)
+    assert defaults("cuda", "--batch-size", "32") == (32, 8e-4, 2e-4)
+
+
+def test_steps_between_are_kept_too(flags, tmp_path):
+    train.run([*flags, "--pretrain-steps", "5", "--gan-steps", "0", "--keep-every", "2"])
+    steps = {path.name: load_checkpoint(path)[1]["step"] for path in (tmp_path / "out").glob("*_x4_*.pth")}
+    assert steps == {"srresnet_x4_000002.pth": 2, "srresnet_x4_000004.pth": 4}
