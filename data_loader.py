@@ -7,15 +7,21 @@ flipped and reduced there for every step:
     faces = load_faces(train_files)                     # (N, 3, 128, 128) uint8
     batches = FaceBatches(faces, batch_size=16)
     lr, hr = batches(step)                              # float in [0, 1]: (16, 3, 16, 16), (16, 3, 64, 64)
+
+    python data_loader.py PHOTOS --output FACES         # cut faces to train on out of one's own photographs
 """
+import argparse
+import csv
 import functools
 import gc
+import io
 import os
 import re
 import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 
@@ -29,9 +35,10 @@ from tqdm import tqdm
 FACE_SIZE = 128             # FFHQ's thumbnails, the HR size
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MARK = "face-srgan"         # the PNG field "Software" of every result: results are never inputs
-# The table of scores that inference.py writes.
+# The tables of scores and of faces that inference.py writes.
 METRICS = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic",
            "psnr_y_bicubic", "ssim_y_bicubic", "lr_psnr")
+FACES = ("image", "face", "x", "y", "size", "angle", "score", "working_size", "action")
 VAL_PERCENT = 5             # of a folder without a split of its own
 
 # How the small picture is made from the large one. Pillow's kernels are antialiased (the kernel
@@ -129,11 +136,19 @@ def write_png(path, picture):
         file, format="PNG", pnginfo=info, compress_level=1))
 
 
+def write_csv(path, header, rows):
+    """Write a table."""
+    with io.StringIO(newline="") as text:
+        csv.writer(text).writerows([header, *rows])
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
 def is_result(path):
     """Tell whether a file was written by inference.py, at any time."""
     try:
         if path.suffix == ".csv":
-            return path.read_bytes().startswith(",".join(METRICS).encode())
+            with open(path, "rb") as file:
+                return file.readline().rstrip() in [",".join(header).encode() for header in (METRICS, FACES)]
         with Image.open(path) as image:
             return image.info.get("Software") == MARK
     except Exception:       # not a picture at all, so not ours; reading it will say why
@@ -292,6 +307,157 @@ def sample_faces():
     hopper = read_image(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))[0]
     return {"astronaut": square_face(skimage.data.astronaut()[12:200, 129:317]),
             "grace_hopper": square_face(hopper[40:363, 106:429])}
+
+
+# Faces in photographs ---------------------------------------------------------------------------
+
+# YuNet (Wu et al. 2023, MIT licence), from OpenCV's model zoo.
+DETECTOR = Path(__file__).resolve().parent / "checkpoints" / "face_detection_yunet_2023mar.onnx"
+DETECTION_SIDES = (320, 640, 1280, 2560)    # the longest side, in pixels, at which a photograph is shown to it
+DETECTION_SCORE = 0.8                       # below, hands and coffee cups become faces
+SHARP, MIRRORED = 80, 0.12                  # of a face to train on: least working size of its 128 pixels, and most of
+                                            # its side that may lie outside the photograph
+
+
+@dataclass(frozen=True)
+class Face:
+    """A face in a photograph: centre and side of its square FFHQ frame, unturned, in pixels of the photograph;
+    how far the head is turned clockwise, in degrees from -180 to 180; the detector's score, at most 1."""
+    x: float
+    y: float
+    size: float
+    angle: float
+    score: float
+
+    def square(self, height, width):
+        """The frame in whole pixels, moved and cut until it lies inside a picture: (top, left, side)."""
+        side = min(round(self.size), height, width)
+        return (*(min(max(0, round(centre - side / 2)), limit - side)
+                  for centre, limit in ((self.y, height), (self.x, width))), side)
+
+
+def find_faces(picture):
+    """Find the faces in an (H, W, 3) uint8 photograph, of any size and turn: a list of Face, from left to right.
+
+    The detector sees the photograph at several sizes, since it misses a close-up that is large and a face that is
+    small, and turned by quarters. Raises DataError where the detector's file is missing.
+    """
+    if not DETECTOR.is_file():
+        raise DataError(f"{DETECTOR}: the face detector is missing; it comes with the repository")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)    # OpenCV 5 warns about every network
+    detector = cv2.FaceDetectorYN.create(str(DETECTOR), "", (320, 320), DETECTION_SCORE)
+    (height, width), found = picture.shape[:2], []
+    for side in DETECTION_SIDES:
+        factor = side / max(height, width)
+        if factor > 4 and side > DETECTION_SIDES[0]:
+            break           # enlarging shows nothing new
+        size = [max(1, round(length * factor)) for length in (width, height)]
+        view = cv2.resize(picture[..., ::-1], size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
+        for quarters in range(4):
+            turned = np.ascontiguousarray(np.rot90(view, quarters))
+            detector.setInputSize(turned.shape[1::-1])
+            for row in () if (rows := detector.detect(turned)[1]) is None else rows:
+                # Turn the five points back, as complex numbers around the centre.
+                points = row[4:14:2] + 1j * row[5:14:2] - complex(turned.shape[1], turned.shape[0]) / 2
+                face = _frame(points * 1j ** quarters / factor + complex(width, height) / 2, float(row[14]))
+                # A head that lies in a view is easily seen wrong: the points of the others are better.
+                tilt = abs((face.angle - 90 * quarters + 180) % 360 - 180)
+                found.append((face.score - tilt / 720, face))
+    groups = []             # the same face is seen several times
+    for _, face in sorted(found, key=lambda pair: -pair[0]):
+        for group in groups:
+            if np.hypot(face.x - group[0].x, face.y - group[0].y) < 0.2 * (face.size + group[0].size):
+                group.append(face)
+                break
+        else:
+            groups.append([face])
+    return sorted(map(_best, groups), key=lambda face: face.x)
+
+
+def _best(faces):
+    """Choose among views of one face, best first. Some see it upside down: the first of those counts that agree,
+    within 90 degrees, with the turn that has most support."""
+    turns = np.array([face.score * np.exp(1j * np.radians(face.angle)) for face in faces])
+    agreement = (turns[:, None] * turns.conj()).real
+    return faces[(agreement[agreement.clip(0).sum(0).argmax()] > 0).argmax()]
+
+
+def _frame(points, score):
+    """Make a Face of eyes, nose and mouth corners, five complex numbers, by the rule that cut FFHQ (Karras et al. 2017,
+    arXiv:1710.10196, appendix C); 0.97, since the detector's points lie a little further apart than the landmarks
+    there: FFHQ's own frames of 32 to 160 pixels come out 1.01 times as large, with a deviation of 0.07."""
+    across, down = points[1] - points[0], (points[3] + points[4]) / 2 - (points[0] + points[1]) / 2
+    direction = across - 1j * down
+    side = 0.97 * 2 * max(2 * abs(across), 1.8 * abs(down))
+    centre = (points[0] + points[1]) / 2 + 0.1 * down
+    return Face(float(centre.real), float(centre.imag), float(side), float(np.degrees(np.angle(direction))), score)
+
+
+def working_size(square):
+    """Say how much an (S, S, 3) uint8 crop of a face shows: the smallest side, from 32 up to S, to which it can be
+    reduced and enlarged again and still be the same.
+
+    The same is a PSNR above 36 dB in the middle, or an error below 0.14 of what half that side would make: sharp
+    faces lose at least 0.16 by a reduction to 0.6, whatever their contrast.
+    """
+    if len(square) > 256:       # far above any limit
+        square = resize_square(square, 256)
+    middle = slice(len(square) // 4, -(len(square) // 4))
+
+    def error(side):
+        again = resize_square(resize_square(square, side), len(square))
+        return np.square(square[middle, middle].astype(np.float32) - again[middle, middle]).mean()
+
+    for side in (32, 36, 40, 46, 52, 60, 70, 80, 96, 112, 128, 160, 192, 224):
+        if side < 0.95 * len(square) and (error(side) < 255**2 / 10**3.6 or error(side) < 0.14 * error(side // 2)):
+            return side
+    return len(square)
+
+
+def cut_face(photo, face):
+    """Cut a face out of an (H, W, 3) uint8 photograph as FFHQ does, upright, (128, 128, 3) uint8; beyond the border the
+    photograph is mirrored. Returns (the cut, the share of the side that is mirrored)."""
+    finer = -(-round(face.size) // FACE_SIZE)       # turned at up to this many times the size, then averaged
+    matrix = cv2.getRotationMatrix2D((face.x, face.y), face.angle, finer * FACE_SIZE / face.size)
+    matrix[:, 2] += finer * FACE_SIZE / 2 - np.array([face.x, face.y])
+    cut = cv2.warpAffine(photo, matrix, (finer * FACE_SIZE,) * 2, flags=cv2.INTER_CUBIC,
+                         borderMode=cv2.BORDER_REFLECT_101)
+    reach = face.size / 2 * (abs(np.sin(np.radians(face.angle))) + abs(np.cos(np.radians(face.angle))))
+    (height, width), (x, y) = photo.shape[:2], (face.x, face.y)
+    return square_face(cut), max(0, reach - min(x, y, width - x, height - y)) / face.size
+
+
+def cut_faces(photos, output):
+    """Make a set to train on of some photographs, files and folders: write every face that is large and sharp enough
+    to `output`, as <name of the photograph>_<number>.png, over no file that is there. Returns the exit status."""
+    files, problems = find_inputs(photos, output)
+    numbers = dict.fromkeys(("cut", "already there", f"smaller than {FACE_SIZE} pixels", "not sharp",
+                             "cut off by the border"), 0)
+    for path, relative in tqdm(files, "cutting faces", unit="photograph", disable=None):
+        try:
+            photo = read_image(path)[0]
+            for number, face in enumerate(find_faces(photo), 1):
+                target = output / relative.with_name(f"{relative.name.replace('.', '_')}_{number}.png")
+                cut, mirrored = cut_face(photo, face)
+                fate = (f"smaller than {FACE_SIZE} pixels" if face.size < FACE_SIZE else
+                        "cut off by the border" if mirrored > MIRRORED else
+                        "not sharp" if working_size(cut) < SHARP else "already there" if target.exists() else "cut")
+                if fate == "cut":
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(target, lambda file: Image.fromarray(cut).save(file, format="PNG"))
+                numbers[fate] += 1
+        except (DataError, OSError) as error:
+            problems.append(str(error))
+    for sentence in problems:
+        print(f"data_loader.py: {sentence}", file=sys.stderr)
+    print(f"{len(files)} photographs, {sum(numbers.values())} faces: " +
+          ", ".join(f"{number} {fate}" for fate, number in numbers.items() if number or fate == "cut"))
+    return 2 if not files else 1 if problems else 0
+
+
+def resize_square(square, side):
+    """Resize an (S, S, 3) uint8 picture to `side`, antialiased, with Pillow's bicubic kernel."""
+    return np.array(Image.fromarray(square).resize((side, side), Image.Resampling.BICUBIC))
 
 
 # Tensors ----------------------------------------------------------------------------------------
@@ -581,3 +747,17 @@ def place_faces(faces, device):
         if faces.nbytes >= torch.cuda.mem_get_info(device)[0] / 2:
             return faces
     return faces.to(device)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Cut the faces out of photographs, 128x128 as in FFHQ, to train on.")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="files and folders (recursively)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the faces")
+    args = parser.parse_args()
+    try:
+        sys.exit(cut_faces(args.photos, args.output))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (DataError, OSError) as error:
+        print(f"data_loader.py: {error}", file=sys.stderr)
+        sys.exit(2)

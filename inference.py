@@ -2,6 +2,7 @@
 
     python inference.py                                  # a few sample faces: what this project does
     python inference.py FOLDER photo.png                 # upscale files and folders into results/
+    python inference.py party.jpg --photo                # find the faces in photographs and restore them
     python inference.py LR_FOLDER --hr HR_FOLDER         # and score against the ground truth
     python inference.py HR_FOLDER --simulate             # reduce the pictures first, then the same
     python inference.py --ui                             # all that in a browser
@@ -19,9 +20,9 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -31,8 +32,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data_loader import (DAMAGES, KERNELS, DataError, choose_output, enlarge, find_images, find_inputs, read_image,
-                         sample_faces, simulate, to_tensor, to_uint8, write_png)
+from data_loader import (DAMAGES, FACES, KERNELS, DataError, Face, choose_output, enlarge, find_faces, find_images,
+                         find_inputs, read_image, resize_square, sample_faces, simulate, to_tensor, to_uint8,
+                         working_size, write_csv, write_png)
 from loss import GRADES, Study, compare, plot_comparison, plot_opinions, read_ratings, report, study_results
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, FlipEnsemble, interpolate,
                     load_checkpoint, select_device, select_dtype)
@@ -77,13 +79,12 @@ def upscale(generator, pictures):
 @dataclass
 class Picture:
     """One picture on its way: what was read, and where the result goes."""
-    name: str                           # as it is printed and stands in metrics.csv
+    name: str                           # as it is printed and stands in the tables
     output: Path
     lr: np.ndarray                      # (H, W, 3) uint8
     alpha: np.ndarray | None = None     # (H, W) uint8
     hr: np.ndarray | None = None        # (sH, sW, 3) uint8
-
-
+    patches: list = field(default_factory=list)     # the faces, of a photograph
 
 
 def read_pictures(args, files, scale, taken, failed):
@@ -140,20 +141,20 @@ def upscale_pictures(generator, pictures, batch_size):
         yield from flush(shape)
 
 
-def write_result(picture, sr, scale):
+def write_result(picture, sr):
     """Write the PNG of a result, with the alpha channel enlarged beside it."""
     if picture.alpha is not None:
-        sr = np.dstack([sr, enlarge(picture.alpha, scale)])
+        sr = np.dstack([sr, enlarge(picture.alpha, len(sr) // len(picture.lr))])
     write_png(picture.output, sr)
 
 
-def write_results(results, scale):
+def write_results(results):
     """Write pairs (picture, sr) on threads, while the network works on the next and the first are compared;
     yield (picture, sr, future of the writing)."""
     writing = deque()
     with ThreadPoolExecutor(WRITERS) as pool:
         for picture, sr in results:
-            writing.append((picture, sr, pool.submit(write_result, picture, sr, scale)))
+            writing.append((picture, sr, pool.submit(write_result, picture, sr)))
             if len(writing) > WRITERS:
                 yield writing.popleft()
         yield from writing
@@ -177,6 +178,125 @@ def added_detail(faithful, lr, sr):
     """Show what was invented: three times the difference of sr to the faithful network's result,
     around gray, (H, W, 3) uint8."""
     return ((sr.astype(np.int16) - upscale(faithful, [lr])[0]) * 3 + 128).clip(0, 255).astype(np.uint8)
+
+
+SMALLEST = 20               # pixels of a frame from which a face can be made
+DETAIL = 46                 # pixels: what shows more than fits in them is sharper than anything we give
+SOFT = 0.6                  # of its frame: a face that fits in less of it is blurred
+
+
+@dataclass
+class Patch:
+    """A face of a photograph on its way through the network."""
+    face: Face
+    top: int                            # its square, in pixels of the photograph
+    left: int
+    side: int
+    working_size: int
+    action: str                         # "restored", "sharp" (left alone) or "small" (too small)
+    lr: np.ndarray                      # upright, of the size that the network is given
+    sr: np.ndarray | None = None
+
+
+def find_patches(photo, factor):
+    """Find the faces of an (H, W, 3) uint8 photograph and decide what to do with each, if the result is `factor`
+    times as large: a list of Patch, from left to right.
+
+    A face whose pixels hold what they can goes through the network as it is, a blurred one is reduced first to
+    what it shows; turned by more than 45 degrees, it is turned by quarters, which loses nothing.
+    """
+    patches = []
+    for face in find_faces(photo):
+        top, left, side = face.square(*photo.shape[:2])
+        lr = np.rot90(photo[top:top + side, left:left + side], round(face.angle / 90))
+        size = working_size(lr)
+        soft = size < SOFT * side
+        action = "small" if side < SMALLEST else \
+            "sharp" if size > DETAIL or factor == 1 and not soft else "restored"
+        patches.append(Patch(face, top, left, side, size, action, resize_square(lr, size) if soft else lr))
+    return patches
+
+
+def lay(patch, canvas, factor):
+    """Lay a restored face over its place in the enlarged photograph, fading into it at the edge of its square."""
+    side = patch.side * factor
+    sr = np.rot90(resize_square(patch.sr, side), -round(patch.face.angle / 90))
+    ramp = np.clip((np.arange(side) + 0.5) / side * 6, 0, 1)
+    ramp = np.square(np.sin(np.minimum(ramp, ramp[::-1]) * np.pi / 2))      # over a sixth of the side
+    place = canvas[patch.top * factor:, patch.left * factor:][:side, :side]
+    mask = np.minimum.outer(ramp, ramp)[..., None].astype(np.float32)
+    place[:] = np.rint(place + mask * (sr - place.astype(np.float32)))
+
+
+def restore_photos(generator, photos, batch_size, factor=None, background=None):
+    """Yield (picture, sr) for each Picture of a photograph, in order; sr (NH, NW, 3) uint8, picture.patches its faces.
+
+    `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
+    rest is enlarged: by default with the network, where that is quick. Faces go through it in batches, those of
+    several photographs together.
+    """
+    def restore(group):
+        patches = [patch for _, _, faces in group for patch in faces if patch.action == "restored"]
+        for patch, patch.sr in upscale_pictures(generator, patches, batch_size):
+            pass
+        for picture, number, picture.patches in group:
+            megapixels = picture.lr.shape[0] * picture.lr.shape[1] / 1e6
+            way = background or ("network" if megapixels <= 0.5 else "bicubic")
+            canvas = upscale(generator, [picture.lr])[0] if way == "network" and number == generator.scale else \
+                enlarge(picture.lr, number)
+            for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
+                if patch.sr is not None:
+                    lay(patch, canvas, number)
+            yield picture, canvas
+
+    group, pixels = [], 0
+    for picture in photos:
+        size = picture.lr.shape[0] * picture.lr.shape[1]
+        number = factor or (4 if size <= 1e6 else 2 if size <= 4e6 else 1)
+        group.append((picture, number, find_patches(picture.lr, number)))
+        pixels += size
+        if pixels > 4e6 or sum(len(patches) for _, _, patches in group) >= batch_size:
+            yield from restore(group)
+            group, pixels = [], 0
+    yield from restore(group)
+
+
+def photo_sentence(patches):
+    """Say what was done with the faces of a photograph."""
+    numbers = Counter(patch.action for patch in patches)
+    parts = [f"{numbers['restored']} restored"]
+    parts += [f"{numbers['sharp']} left as they are (sharp already)"] * bool(numbers["sharp"])
+    parts += [f"{numbers['small']} too small (under {SMALLEST} pixels)"] * bool(numbers["small"])
+    return f"{len(patches)} face{'s' * (len(patches) != 1)}, {', '.join(parts)}" if patches else "no face found"
+
+
+def photo_rows(picture, sr):
+    """Make a photograph's rows for `plot_comparison`: it with numbered frames and the result, then each face before
+    and after."""
+    factor = len(sr) // len(picture.lr)
+    framed = picture.lr.copy()
+    line = max(1, max(framed.shape) // 400)
+    for number, patch in enumerate(picture.patches, 1):
+        corners = np.array([[0, 0], [patch.side] * 2]) + [patch.left, patch.top]
+        cv2.rectangle(framed, *corners.tolist(), (255, 220, 0), line)
+        cv2.putText(framed, str(number), (corners[0] + [2 * line, 12 * line]).tolist(), cv2.FONT_HERSHEY_SIMPLEX,
+                    0.4 * line, (255, 220, 0), line, cv2.LINE_AA)
+    cells = {f"{picture.name}\n{picture.lr.shape[1]}x{picture.lr.shape[0]}": framed,
+             f"{factor}x\n{sr.shape[1]}x{sr.shape[0]}": sr}
+    for number, patch in enumerate(picture.patches, 1):
+        before, after = (image[patch.top * n:, patch.left * n:][:patch.side * n, :patch.side * n]
+                         for image, n in ((picture.lr, 1), (sr, factor)))
+        cells[f"{number}: {patch.side} pixels\n"] = before
+        cells[f"{number}: {patch.action}\n"] = after
+    cells = list(cells.items())[:16]
+    return [dict(cells[i:i + 4]) for i in range(0, len(cells), 4)]
+
+
+def photo_table(picture):
+    """List a photograph's rows of faces.csv."""
+    return [(picture.name, number, round(patch.face.x, 1), round(patch.face.y, 1), round(patch.face.size, 1),
+             round(patch.face.angle, 1), round(patch.face.score, 3), patch.working_size, patch.action)
+            for number, patch in enumerate(picture.patches, 1)]
 
 
 def main(args):
@@ -207,35 +327,44 @@ def main(args):
         generator = FlipEnsemble(generator)
     args.output.mkdir(parents=True, exist_ok=True)
 
-    scores, sheet, done = {}, {}, 0
-    taken = set()
-    comparison, metrics = (choose_output(Path(name), args.output, taken)
-                           for name in ("comparison.png", "metrics.csv"))
+    scores, sheet, faces, taken, done = {}, {}, [], set(), 0
+    comparison, table = (choose_output(Path(name), args.output, taken)
+                         for name in ("comparison.png", "faces.csv" if args.photo else "metrics.csv"))
     pictures = read_pictures(args, files, generator.scale, taken, failed)
-    results = upscale_pictures(generator, pictures, args.batch_size)
-    for picture, sr, writing in tqdm(write_results(results, generator.scale), "upscaling", len(files) or None,
-                                     unit="picture", leave=False, disable=None):
-        row, line = None, {}
-        if picture.hr is not None or len(sheet) < SHOWN:
-            row, line = compare(picture, sr, generator.scale)
+    results = restore_photos(generator, pictures, args.batch_size, args.enlarge, args.background) if args.photo else \
+        upscale_pictures(generator, pictures, args.batch_size)
+    for picture, sr, writing in tqdm(write_results(results), "upscaling", len(files) or None, unit="picture",
+                                     leave=False, disable=None):
+        rows, line = [], {}
+        if args.photo:
+            rows = photo_rows(picture, sr) if len(sheet) < SHOWN else []
+        elif picture.hr is not None or len(sheet) < SHOWN:
+            rows, line = compare(picture, sr, generator.scale)
         try:
             writing.result()
         except OSError as error:
             failed(f"{picture.output}: cannot be written ({error.strerror})")
             continue
         done += 1
+        if args.photo:
+            tqdm.write(f"{picture.name}: {photo_sentence(picture.patches)}")
+            faces += photo_table(picture)
         if line:
             scores[picture.name] = line
         if len(sheet) < SHOWN:
             if faithful is not None:
-                row["added detail\nx3, from gray"] = added_detail(faithful, picture.lr, sr)
-            sheet[picture.name] = row
+                rows[0]["added detail\nx3, from gray"] = added_detail(faithful, picture.lr, sr)
+            sheet[picture.name] = rows
     if sheet:
-        plot_comparison(comparison, [sheet[name] for name in sorted(sheet)])
+        plot_comparison(comparison, [row for name in sorted(sheet) for row in sheet[name]])
     if scores:
-        report(scores, metrics)
-    print(f"{done} picture{'s' * (done != 1)} upscaled {generator.scale}x into {args.output} in "
-          f"{time.monotonic() - started:.1f} s on the {device.type}; compare: {comparison}")
+        report(scores, table)
+    if args.photo:
+        write_csv(table, FACES, faces)
+    what = f"photograph{'s' * (done != 1)} restored" if args.photo else \
+        f"picture{'s' * (done != 1)} upscaled {generator.scale}x"
+    print(f"{done} {what} into {args.output} in {time.monotonic() - started:.1f} s on the {device.type}; "
+          f"compare: {comparison}")
     return 1 if problems else 0
 
 
@@ -350,14 +479,14 @@ class Workshop:
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         picture = self.read(path, folder / f"{path.stem}_x{self.scale}.png", shrink)
         sr = self.upscale(picture.lr, strength)
-        row, scores = compare(picture, sr, self.scale)
+        (row,), scores = compare(picture, sr, self.scale)
         invented = None
         if added:
             with self.turn:
                 invented = added_detail(self.generator(0.0), picture.lr, sr)
-        write_result(picture, sr, self.scale)
+        write_result(picture, sr)
         blurred = replace(picture, output=folder / "bicubic.png")
-        write_result(blurred, list(row.values())[1], self.scale)
+        write_result(blurred, list(row.values())[1])
         (height, width), (large_height, large_width) = picture.lr.shape[:2], sr.shape[:2]
         line = (f"{width} x {height} → {large_width} x {large_height} pixels in "
                 f"{time.monotonic() - started:.2f} s on the {self.device.type.upper()}")
@@ -376,9 +505,9 @@ class Workshop:
                 try:
                     picture = self.read(path, choose_output(Path(path.name), folder, taken))
                     sr = self.upscale(picture.lr, strength)
-                    write_result(picture, sr, self.scale)
+                    write_result(picture, sr)
                     pack.write(picture.output, picture.output.name)
-                    pair = np.hstack(list(compare(picture, sr, self.scale)[0].values())[1:])
+                    pair = np.hstack(list(compare(picture, sr, self.scale)[0][0].values())[1:])
                     factor = min(1, 1024 / pair.shape[1])       # the gallery shows no more
                     write_png(picture.output, cv2.resize(pair, None, fx=factor, fy=factor,
                                                          interpolation=cv2.INTER_AREA))
@@ -613,6 +742,11 @@ def parse_arguments(argv=None):
     add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
     add("--flip", action="store_true", help="average with the mirrored picture's result: a little more faithful, "
         "half as fast")
+    add("--photo", action="store_true", help="the inputs are photographs: find their faces, restore each where that "
+        "makes it better, and put them back")
+    add("--enlarge", type=int, choices=[1, 2, 4], help="of a photograph [4 up to 1 megapixel, 2 up to 4, else 1]")
+    add("--background", choices=["network", "bicubic"], help="how the rest of a photograph is enlarged 4 "
+        "times [network up to half a megapixel, else bicubic; 1 and 2 times always bicubic]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="auto", choices=PRECISIONS, help=PRECISION_HELP)
     add("--batch-size", type=int, default=16, help="pictures of one size at a time [%(default)s]")
@@ -628,6 +762,10 @@ def parse_arguments(argv=None):
     add("--study-report", type=Path, metavar="CSV", help="print the mean opinion scores of a study, and plot them")
     args = parser.parse_args(argv)
     args.ratings = args.ratings or args.output / "ratings.csv"
+    if args.photo and (not args.inputs or args.hr or args.simulate or args.added):
+        raise UsageError("--photo needs INPUT, and does not go with --simulate, --hr or --added")
+    if (args.enlarge or args.background) and not args.photo:
+        raise UsageError("--enlarge and --background need --photo")
     if args.study and not args.ui:
         raise UsageError("--study needs --ui")
     if args.ui and (args.inputs or args.hr or args.simulate):

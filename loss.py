@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data_loader import (MARK, METRICS, DataError, downscale, enlarge, find_images, read_image, simulate, square_face,
-                         to_tensor, to_uint8, write_atomically)
+                         to_tensor, to_uint8, write_atomically, write_csv)
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
 # how many layers of torchvision's vgg19().features lead there.
@@ -195,19 +195,19 @@ def plot_comparison(path, rows):
 
 
 def compare(picture, sr, scale):
-    """Compare a result with bicubic and, where it is known, the ground truth: (its row for
-    `plot_comparison`, its line of metrics.csv or {})."""
+    """Compare a result with bicubic and, where it is known, the ground truth: ([its row for
+    `plot_comparison`], its line of metrics.csv or {})."""
     enlarged = enlarge(picture.lr, scale)
     captions = [f"{picture.name}\nLR {picture.lr.shape[1]}x{picture.lr.shape[0]}", "bicubic\n", "ours\n"]
     if picture.hr is None:
-        return dict(zip(captions, (picture.lr, enlarged, sr))), {}
+        return [dict(zip(captions, (picture.lr, enlarged, sr)))], {}
     ours, baseline = score(sr, picture.hr), score(enlarged, picture.hr)
     scores = {**ours, **{f"{name}_bicubic": value for name, value in baseline.items()},
               "lr_psnr": psnr(to_uint8(downscale(to_tensor([sr]), scale))[0], picture.lr)}
     captions[1] += f"{baseline['psnr']:.2f} dB / {baseline['ssim']:.3f}"
     captions[2] += f"{ours['psnr']:.2f} dB / {ours['ssim']:.3f}"
     captions.append("ground truth\nPSNR / SSIM")
-    return dict(zip(captions, (picture.lr, enlarged, sr, picture.hr))), scores
+    return [dict(zip(captions, (picture.lr, enlarged, sr, picture.hr)))], scores
 
 
 def report(scores, path):
@@ -221,11 +221,8 @@ def report(scores, path):
             f"{row[column]:6.{digits}f} {row[column + '_bicubic']:7.{digits}f}{' ' * (digits - 2)}"
             for column, digits in zip(METRICS[1:5], (2, 4, 2, 4))) + f"  {row['lr_psnr']:7.2f}")
 
-    lines = [METRICS] + [(name, *(f"{row[column]:.6f}" for column in METRICS[1:]))
-                        for name, row in sorted(scores.items())]
-    with io.StringIO(newline="") as text:
-        csv.writer(text).writerows(lines)
-        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_csv(path, METRICS, [(name, *(f"{row[column]:.6f}" for column in METRICS[1:]))
+                              for name, row in sorted(scores.items())])
 
 
 # The blind study: section 3.3 of Ledig et al. 2017 ----------------------------------------------

@@ -1,0 +1,224 @@
+"""Faces in photographs that the tests compose: found where they are, restored where that helps, left alone where not."""
+
+import csv
+import subprocess
+import sys
+
+import cv2
+import matplotlib.cbook
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+import data_loader
+import inference
+from data_loader import DataError, enlarge, find_faces, read_image, resize_square, working_size
+from inference import CHECKPOINT, Picture, restore_photos, upscale
+from loss import psnr
+from model import load_checkpoint
+
+GRAY = 110
+
+
+@pytest.fixture(scope="module")
+def portraits():
+    """Two public-domain portraits, square, 380 pixels, and where their FFHQ frames lie: (picture, x, y, side)."""
+    hopper = read_image(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))[0]
+    return {"hopper": (resize_square(hopper[6:406, 68:468], 400), 199, 200, 323),
+            "astronaut": (skimage.data.astronaut()[:228, 110:338], 113, 108, 174)}
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return load_checkpoint(CHECKPOINT)[0].for_inference()
+
+
+def compose(portraits, places, width=360, height=240):
+    """Lay portraits on gray: `places` are (name, side of the frame, quarter turns clockwise, left, top). Returns the
+    photograph and the true (x, y, side, angle) of each frame."""
+    photo, truth = np.full((height, width, 3), GRAY, np.uint8), []
+    for name, side, turns, left, top in places:
+        picture, x, y, frame = portraits[name]
+        factor = side / frame
+        picture = np.rot90(resize_square(picture, round(len(picture) * factor)), -turns)
+        size = len(picture)
+        for _ in range(turns):
+            x, y = len(portraits[name][0]) - y, x
+        photo[top:top + size, left:left + size] = picture[:height - top, :width - left]
+        truth.append((left + x * factor, top + y * factor, side, 90 * turns))
+    return photo, truth
+
+
+def restore(generator, photo, **options):
+    picture = Picture("photo", None, photo)
+    [(_, sr)] = restore_photos(generator, [picture], 16, **options)
+    return sr, picture.patches
+
+
+def test_faces_are_found_in_every_turn_and_size(portraits):
+    """Upright and turned, large and small, touching each other and the border: to a tenth of the frame's side."""
+    photo, truth = compose(portraits, [
+        ("hopper", 40, 0, 0, 0), ("astronaut", 36, 1, 50, 0), ("hopper", 48, 2, 95, 10), ("astronaut", 60, 3, 160, 0),
+        ("hopper", 110, 0, 225, 0), ("astronaut", 60, 0, 0, 165), ("hopper", 60, 0, 76, 165)])
+    faces = find_faces(photo)
+    assert len(faces) == len(truth) and [face.x for face in faces] == sorted(face.x for face in faces)
+    for x, y, side, angle in truth:
+        face = min(faces, key=lambda face: np.hypot(face.x - x, face.y - y))
+        assert np.hypot(face.x - x, face.y - y) < 0.1 * side and abs(face.size - side) < 0.1 * side
+        assert abs((face.angle - angle + 180) % 360 - 180) < 15
+        assert face.score > 0.8
+
+
+def test_no_faces_where_there_are_none(tmp_path, monkeypatch):
+    assert find_faces(skimage.data.coffee()) == [] == find_faces(np.full((40, 3000, 3), GRAY, np.uint8))
+    monkeypatch.setattr(data_loader, "DETECTOR", tmp_path / "absent.onnx")
+    with pytest.raises(DataError, match="absent.onnx"):
+        find_faces(skimage.data.coffee())
+
+
+def test_working_size_is_what_the_pixels_hold(portraits):
+    for picture, x, y, side in portraits.values():
+        face = picture[y - side // 2:y + side // 2, x - side // 2:x + side // 2]
+        for size in (40, 64, 96, 128):
+            assert working_size(resize_square(face, size)) > 0.6 * size
+        for small, large in ((32, 64), (32, 128), (40, 128), (32, 300)):
+            blurred = data_loader.jpeg(resize_square(resize_square(face, small), large), 90)
+            assert working_size(blurred) <= small + 4
+
+
+def test_a_restored_face_is_nearer_to_the_truth(portraits, generator):
+    """Than bicubic and, where the head lies, than the network on the picture as it lies."""
+    large, truth = compose(portraits, [("hopper", 144, 1, 40, 40), ("astronaut", 144, 2, 280, 60)], 520, 280)
+    photo = np.array(Image.fromarray(large).resize((130, 70), Image.Resampling.BICUBIC))
+    sr, patches = restore(generator, photo)
+    assert sr.shape == large.shape and [patch.action for patch in patches] == ["restored"] * 2
+    lying = upscale(generator, [photo])[0]
+    gains = []
+    for x, y, side, _ in truth:
+        middle = np.s_[int(y - side / 4):int(y + side / 4), int(x - side / 4):int(x + side / 4)]
+        ours, bicubic, plain = (psnr(picture[middle], large[middle]) for picture in (sr, enlarge(photo, 4), lying))
+        assert ours > bicubic + 0.5
+        gains.append(ours - plain)
+    assert np.mean(gains) > 0.1
+
+
+def test_a_blurred_face_is_restored_and_a_sharp_one_left_alone(portraits, generator):
+    """Also beside each other: what is sharp comes back as bicubic gives it, at 1x pixel for pixel."""
+    photo, _ = compose(portraits, [("hopper", 110, 0, 10, 40), ("astronaut", 110, 0, 190, 40)])
+    for factor in (1, 2):
+        sr, patches = restore(generator, photo, factor=factor)
+        assert [patch.action for patch in patches] == ["sharp"] * 2
+        assert np.array_equal(sr, enlarge(photo, factor))
+    photo[:, 180:] = cv2.GaussianBlur(photo[:, 180:], (0, 0), 3)
+    sr, patches = restore(generator, photo, factor=1)
+    assert [patch.action for patch in patches] == ["sharp", "restored"]
+    assert np.array_equal(sr[:, :180], photo[:, :180])
+    eyes = np.s_[70:110, 220:280]
+    detail = [cv2.Laplacian(picture[eyes], cv2.CV_64F).std() for picture in (photo, sr)]
+    assert detail[1] > 3 * detail[0]
+
+
+def test_no_seam_and_no_colour_shift(portraits, generator):
+    """Across the edge of a restored square the picture changes no more than beside it."""
+    photo, _ = compose(portraits, [("hopper", 110, 0, 10, 40), ("astronaut", 80, 0, 160, 60)])
+    photo = cv2.GaussianBlur(photo, (0, 0), 3)
+    sr, patches = restore(generator, photo, factor=2)
+    bicubic = enlarge(photo, 2).astype(int)
+    for patch in patches:
+        assert patch.action == "restored"
+        top, left, side = 2 * patch.top, 2 * patch.left, 2 * patch.side
+        change = np.abs(sr - bicubic)[top:top + side, left:left + side]
+        rim = np.concatenate([change[0], change[-1], change[:, 0], change[:, -1]])
+        assert rim.max() <= 1 < change.max()
+        mean = (sr.astype(int) - bicubic)[top:top + side, left:left + side].mean((0, 1))
+        assert np.abs(mean).max() < 4
+
+
+def test_faces_of_several_photographs_share_a_batch(portraits, generator):
+    photos = [compose(portraits, [("hopper", 40, turns, 10, 10), ("astronaut", 40, 0, 70, 20)], 140, 90)[0]
+              for turns in (0, 1)]
+    batches = []
+    generator = load_checkpoint(CHECKPOINT)[0].for_inference()
+    generator.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
+    together = list(restore_photos(generator, [Picture("", None, photo) for photo in photos], 16, 4, "bicubic"))
+    sides = [patch.side for picture, _ in together for patch in picture.patches]
+    assert len(sides) == 4 and len(batches) == len(set(sides)) and sum(batches) == 4
+    for (_, sr), photo in zip(together, photos):
+        alone = restore(generator, photo, factor=4, background="bicubic")[0]
+        assert np.abs(alone.astype(int) - sr).max() <= 1
+
+
+def test_the_command_writes_the_picture_the_table_and_the_figure(portraits, tmp_path, capsys):
+    photo, truth = compose(portraits, [("hopper", 36, 0, 10, 10), ("astronaut", 100, 0, 80, 30)], 240, 170)
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    transparent = np.dstack([photo, np.full(photo.shape[:2], 200, np.uint8)])
+    Image.fromarray(transparent).save(tmp_path / "in" / "party.png")
+    Image.fromarray(skimage.data.coffee()[:200, :300]).save(tmp_path / "in" / "sub" / "coffee.png")
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "faces.csv").write_text("mine")
+    call = [str(tmp_path / "in"), "--photo", "--output", str(out), "--device", "cpu"]
+    for _ in range(2):      # the second time over its own results
+        assert inference.run(call) == 1
+        said = capsys.readouterr()
+        assert "party: 2 faces, 1 restored, 1 left as they are (sharp already)" in said.out
+        assert "sub/coffee: no face found" in said.out and "broken.jpg: not a picture" in said.err
+        assert {path.name for path in out.rglob("*") if path.is_file()} == {
+            "party.png", "coffee.png", "comparison.png", "faces.csv", "faces.csv.csv"}
+    assert (out / "faces.csv").read_text() == "mine"
+    sr, alpha = read_image(out / "party.png")
+    assert sr.shape == (680, 960, 3) and (alpha == 200).all()
+    with open(out / "faces.csv.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(data_loader.FACES)
+    assert [(row["image"], row["face"], row["action"]) for row in rows] == [
+        ("party", "1", "restored"), ("party", "2", "sharp")]
+    for row, (x, y, side, _) in zip(rows, truth):
+        assert abs(float(row["x"]) - x) < 0.1 * side and abs(float(row["size"]) - side) < 0.15 * side
+    call += ["--enlarge", "1"]
+    assert inference.run(call) == 1
+    assert np.array_equal(read_image(out / "sub" / "coffee.png")[0], skimage.data.coffee()[:200, :300])
+
+
+def test_mistakes_are_one_sentence(tmp_path, capsys):
+    for call in (["--photo"], ["a.png", "--photo", "--simulate"], ["a.png", "--photo", "--hr", "b"],
+                 ["a.png", "--photo", "--added"], ["a.png", "--enlarge", "2"], ["a.png", "--background", "bicubic"]):
+        assert inference.run([*call, "--output", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert "--photo" in error and len(error.strip().splitlines()) == 1
+
+
+def test_cutting_a_set_to_train_on(portraits, tmp_path):
+    """Upright in FFHQ's frame; not what is small, blurred or cut off; over nothing that is there."""
+    photo, truth = compose(portraits, [
+        ("hopper", 200, 1, 10, 10), ("astronaut", 160, 0, 300, 20), ("hopper", 60, 0, 560, 20),
+        ("hopper", 140, 0, 560, 150)], 760, 330)
+    photo[140:, 540:] = cv2.GaussianBlur(photo[140:, 540:], (0, 0), 3)
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    Image.fromarray(photo).save(tmp_path / "in" / "sub" / "party.one.png")
+    Image.fromarray(photo[:, 100:300]).save(tmp_path / "in" / "half.png")      # through the face
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"no picture")
+    out = tmp_path / "out"
+
+    def run():
+        return subprocess.run([sys.executable, data_loader.__file__, tmp_path / "in", "--output", out],
+                              capture_output=True, text=True)
+
+    done = run()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "broken.jpg: not a picture" in done.stderr and "2 cut" in done.stdout and "1 not sharp" in done.stdout
+    assert "smaller than 128" in done.stdout
+    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*"))
+    assert files == ["sub/party_one_png_1.png", "sub/party_one_png_2.png"]
+    for file, (x, y, side, turn) in zip(files, truth):
+        cut = read_image(out / file)[0]
+        assert cut.shape == (128, 128, 3)
+        square = np.rot90(photo[int(y - side / 2):int(y + side / 2), int(x - side / 2):int(x + side / 2)], turn // 90)
+        soft = [cv2.GaussianBlur(picture, (0, 0), 5).ravel() for picture in (cut, resize_square(square, 128))]
+        assert np.corrcoef(soft)[0, 1] > 0.9
+    (out / files[0]).write_bytes(b"mine")
+    assert "2 already there" in run().stdout and (out / files[0]).read_bytes() == b"mine"
+    assert "there is no such file" in subprocess.run(
+        [sys.executable, data_loader.__file__, tmp_path / "none", "--output", out], capture_output=True, text=True).stderr
