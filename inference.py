@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -35,7 +36,8 @@ from tqdm import tqdm
 from data_loader import (DAMAGES, FACES, KERNELS, DataError, Face, choose_output, enlarge, find_faces, find_images,
                          find_inputs, read_image, resize_square, sample_faces, simulate, to_tensor, to_uint8,
                          working_size, write_csv, write_png)
-from loss import GRADES, Study, compare, plot_comparison, plot_opinions, read_ratings, report, study_results
+from loss import (GRADES, Study, compare, face_pairs, photo_rows, photo_table, plot_comparison, plot_opinions,
+                  read_ratings, report, study_results)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, FlipEnsemble, interpolate,
                     load_checkpoint, select_device, select_dtype)
 
@@ -270,35 +272,6 @@ def photo_sentence(patches):
     return f"{len(patches)} face{'s' * (len(patches) != 1)}, {', '.join(parts)}" if patches else "no face found"
 
 
-def photo_rows(picture, sr):
-    """Make a photograph's rows for `plot_comparison`: it with numbered frames and the result, then each face before
-    and after."""
-    factor = len(sr) // len(picture.lr)
-    framed = picture.lr.copy()
-    line = max(1, max(framed.shape) // 400)
-    for number, patch in enumerate(picture.patches, 1):
-        corners = np.array([[0, 0], [patch.side] * 2]) + [patch.left, patch.top]
-        cv2.rectangle(framed, *corners.tolist(), (255, 220, 0), line)
-        cv2.putText(framed, str(number), (corners[0] + [2 * line, 12 * line]).tolist(), cv2.FONT_HERSHEY_SIMPLEX,
-                    0.4 * line, (255, 220, 0), line, cv2.LINE_AA)
-    cells = {f"{picture.name}\n{picture.lr.shape[1]}x{picture.lr.shape[0]}": framed,
-             f"{factor}x\n{sr.shape[1]}x{sr.shape[0]}": sr}
-    for number, patch in enumerate(picture.patches, 1):
-        before, after = (image[patch.top * n:, patch.left * n:][:patch.side * n, :patch.side * n]
-                         for image, n in ((picture.lr, 1), (sr, factor)))
-        cells[f"{number}: {patch.side} pixels\n"] = before
-        cells[f"{number}: {patch.action}\n"] = after
-    cells = list(cells.items())[:16]
-    return [dict(cells[i:i + 4]) for i in range(0, len(cells), 4)]
-
-
-def photo_table(picture):
-    """List a photograph's rows of faces.csv."""
-    return [(picture.name, number, round(patch.face.x, 1), round(patch.face.y, 1), round(patch.face.size, 1),
-             round(patch.face.angle, 1), round(patch.face.score, 3), patch.working_size, patch.action)
-            for number, patch in enumerate(picture.patches, 1)]
-
-
 def main(args):
     """Carry out the command; return the exit status: 0 all done, 1 some failed, 2 nothing done."""
     if args.study_report:
@@ -370,13 +343,17 @@ def main(args):
 
 # The interface ----------------------------------------------------------------------------------
 
-LIMIT = 1_000_000           # pixels of a picture given to the interface; more would take minutes on a CPU
+LIMIT = 1_000_000           # pixels of a picture that goes through the network whole; more would take minutes on a CPU
+PHOTO_LIMIT = 16_000_000    # pixels of a photograph, of which only the faces do
+FACE_AT_MOST = 64           # pixels a side: what is larger is a photograph
+SCREEN = 2048               # pixels a side of what the slider shows
 FILES = 200                 # pictures at a time in the Folder tab
 KEPT = 10                   # minutes until an uploaded picture and its result are deleted
 
 INTRODUCTION = """# Face SRGAN
-Give a small picture of a face, see it large and sharp. **What is added is invented**: one of many faces that
-fit. It is no evidence of who somebody is and must never be used to identify anyone."""
+Give a small picture of a face, see it large and sharp; or a photograph, whose faces are found. **What is
+added is invented**: one of many faces that fit. It is no evidence of who somebody is and must never be used to
+identify anyone."""
 WORDS = """
 - **Bicubic**: the ordinary way to enlarge a picture. It invents nothing and looks blurred.
 - **Strength**: 0 is the faithful network (SRResNet): soft, closest to the truth on average. 1 is the vivid one
@@ -452,7 +429,15 @@ class Workshop:
         with self.turn:
             return upscale(self.generator(round(strength, 2)), [lr])[0]
 
-    def read(self, path, output, shrink=False):
+    def restore(self, picture, strength, whole=True):
+        """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces."""
+        if whole or max(picture.lr.shape) <= FACE_AT_MOST:
+            return self.upscale(picture.lr, strength)
+        with self.turn:
+            [(_, sr)] = restore_photos(self.generator(round(strength, 2)), [picture], self.args.batch_size)
+        return sr
+
+    def read(self, path, output, shrink=False, whole=True):
         """Read an upload as a Picture. Raises DataError with a sentence that names the file without its folder."""
         if not path.exists():
             raise DataError(f"{path.name} has been deleted by now, as promised below; please give it again")
@@ -461,9 +446,10 @@ class Workshop:
                 width, height = image.size
         except Exception:
             width = height = 0                  # read_image says what is wrong
-        if width * height > LIMIT:
-            raise DataError(f"{path.name} has {width} x {height} pixels, too many: the limit is {LIMIT:,} in all, "
-                            "1000 x 1000 for instance; please cut out the face, or reduce the picture first")
+        limit = LIMIT if whole or shrink else PHOTO_LIMIT
+        if width * height > limit:
+            raise DataError(f"{path.name} has {width} x {height} pixels, too many: the limit is {limit:,} in all"
+                            f"{' for one face; please cut it out' * (limit == LIMIT)}, or reduce the picture first")
         try:
             (lr, alpha), hr = read_image(path), None
             if shrink:
@@ -472,49 +458,70 @@ class Workshop:
             raise DataError(str(error).replace(str(path), path.name)) from None
         return Picture(path.stem, output, lr, alpha, hr)
 
-    def enlarge(self, path, strength, shrink, added):
-        """Upscale one upload: (files of the bicubic and our result, pictures or None: LR, ground truth, what was
-        invented, one line on what was done)."""
-        started = time.monotonic()
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
-        picture = self.read(path, folder / f"{path.stem}_x{self.scale}.png", shrink)
-        sr = self.upscale(picture.lr, strength)
-        (row,), scores = compare(picture, sr, self.scale)
+    def enlarge(self, path, strength, shrink, added, whole):
+        """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, no
+        larger than a screen), the pictures LR, truth and what was invented (or None), the pairs of faces with captions,
+        and one line on what was done."""
+        started, folder = time.monotonic(), Path(tempfile.mkdtemp(dir=self.folder))
+        picture = self.read(path, folder / f"{path.stem}_x{self.scale}.png", shrink, whole)
+        sr = self.restore(picture, strength, whole or shrink)
+        if picture.patches or sr.shape[0] != picture.lr.shape[0] * self.scale:
+            picture.output = folder / f"{path.stem}_restored.png"
+        factor = len(sr) // len(picture.lr)
+        write_result(picture, sr)
+        bicubic, scores = enlarge(picture.lr, factor), {}
+        if picture.hr is not None:
+            _, scores = compare(picture, sr, self.scale)
         invented = None
-        if added:
+        if added and not picture.patches and factor == self.scale:
             with self.turn:
                 invented = added_detail(self.generator(0.0), picture.lr, sr)
-        write_result(picture, sr)
-        blurred = replace(picture, output=folder / "bicubic.png")
-        write_result(blurred, list(row.values())[1])
+        pair = [picture.output, folder / "bicubic.png"]
+        if max(sr.shape) <= SCREEN:
+            write_result(replace(picture, output=pair[1]), bicubic)
+        else:
+            pair[0] = folder / "screen.png"
+            for file, large in zip(pair, (sr, bicubic)):
+                write_png(file, fit(large, SCREEN))
         (height, width), (large_height, large_width) = picture.lr.shape[:2], sr.shape[:2]
-        line = (f"{width} x {height} → {large_width} x {large_height} pixels in "
-                f"{time.monotonic() - started:.2f} s on the {self.device.type.upper()}")
+        line = f"{width} x {height} → {large_width} x {large_height} pixels"
+        if not whole and not shrink and max(picture.lr.shape) > FACE_AT_MOST:
+            line += f"; {photo_sentence(picture.patches)}"
+        line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
         if scores:
             line += ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), "
                      "SSIM {ssim:.3f} (bicubic {ssim_bicubic:.3f})").format(**scores)
-        return (str(blurred.output), str(picture.output)), picture.lr, picture.hr, invented, line
+        faces = [(np.hstack([resize_square(face, 256) for face in pair]),
+                  f"{number}: {patch.side} pixels, {patch.action}")
+                 for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
+        return SimpleNamespace(file=str(picture.output), pair=(str(pair[1]), str(pair[0])), lr=fit(picture.lr, SCREEN),
+                               hr=picture.hr, invented=invented, faces=faces, line=line)
 
     def enlarge_all(self, paths, strength):
-        """Upscale many uploads: (files of pairs bicubic | ours with their names, ZIP or None, sentences on what
-        cannot be read)."""
+        """Upscale many uploads, photographs with their faces: (files of pairs bicubic | ours with their names, ZIP or
+        None, sentences on what cannot be read)."""
         folder, taken, pairs, problems = Path(tempfile.mkdtemp(dir=self.folder)), set(), [], []
         archive = folder / f"faces_x{self.scale}.zip"
         with zipfile.ZipFile(archive, "w") as pack:
             for path in paths:
                 try:
-                    picture = self.read(path, choose_output(Path(path.name), folder, taken))
-                    sr = self.upscale(picture.lr, strength)
+                    picture = self.read(path, choose_output(Path(path.name), folder, taken), whole=False)
+                    sr = self.restore(picture, strength, whole=False)
                     write_result(picture, sr)
                     pack.write(picture.output, picture.output.name)
-                    pair = np.hstack(list(compare(picture, sr, self.scale)[0][0].values())[1:])
-                    factor = min(1, 1024 / pair.shape[1])       # the gallery shows no more
-                    write_png(picture.output, cv2.resize(pair, None, fx=factor, fy=factor,
-                                                         interpolation=cv2.INTER_AREA))
-                    pairs.append((str(picture.output), picture.output.name))
+                    pair = np.hstack([enlarge(picture.lr, len(sr) // len(picture.lr)), sr])
+                    write_png(picture.output, fit(pair, 1024))      # the gallery shows no more
+                    done = f": {photo_sentence(picture.patches)}" if picture.patches else ""
+                    pairs.append((str(picture.output), picture.output.name + done))
                 except (DataError, OSError) as error:
                     problems.append(str(error))
         return pairs, str(archive) if pairs else None, problems
+
+
+def fit(picture, side):
+    """Reduce (H, W, 3) uint8 so that no side is longer than `side`."""
+    factor = side / max(picture.shape)
+    return cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA) if factor < 1 else picture
 
 
 def build_app(workshop, study):
@@ -525,18 +532,20 @@ def build_app(workshop, study):
         gr.Warning(str(error))
         return f"**{error}**"
 
-    def upscale_one(photo, strength, shrink, added):
+    def upscale_one(photo, strength, shrink, added, whole):
         nothing = {slider: None, pixels: None, truth: gr.Image(None, visible=False), status: "",
-                   invented: gr.Image(None, visible=False), download: gr.DownloadButton(interactive=False)}
+                   invented: gr.Image(None, visible=False), faces: gr.Gallery(None, visible=False),
+                   download: gr.DownloadButton(interactive=False)}
         if photo is None:
             return nothing
         try:
-            pair, lr, hr, detail, line = workshop.enlarge(Path(photo), strength, shrink, added)
+            result = workshop.enlarge(Path(photo), strength, shrink, added, whole)
         except (DataError, CheckpointError, UsageError, OSError) as error:
             return nothing | {status: sentence(error)}
-        return {slider: pair, pixels: lr, truth: gr.Image(hr, visible=hr is not None),
-                invented: gr.Image(detail, visible=detail is not None),
-                download: gr.DownloadButton(value=pair[1], interactive=True), status: line}
+        return {slider: result.pair, pixels: result.lr, truth: gr.Image(result.hr, visible=result.hr is not None),
+                invented: gr.Image(result.invented, visible=result.invented is not None), status: result.line,
+                faces: gr.Gallery(result.faces, visible=bool(result.faces)),
+                download: gr.DownloadButton(value=result.file, interactive=True)}
 
     def enlarge_all(files, strength, progress=gr.Progress()):
         if not files:
@@ -576,22 +585,27 @@ def build_app(workshop, study):
                     strength = knob()
                     shrink.render()
                     added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob)
+                    whole = gr.Checkbox(label="Treat it as one face", info="Otherwise a picture of more than "
+                                        f"{FACE_AT_MOST} pixels is a photograph, whose faces are searched for.")
                 with gr.Column(scale=2, min_width=300):
                     slider = gr.ImageSlider(label="Bicubic | ours: drag the line, or use ← →", type="filepath",
                                             interactive=False, buttons=["fullscreen"], elem_id="compare")
                     status = gr.Markdown()
                     download = gr.DownloadButton("Download ours as PNG", variant="primary", interactive=False)
+                    faces = gr.Gallery(label="The faces, before and after", columns=3, height=260, object_fit="contain",
+                                       format="png", interactive=False, buttons=[], visible=False, elem_id="faces")
                     with gr.Row():
                         pixels = shown(label="The small picture")
                         truth = shown(label="The truth", visible=False)
                         invented = shown(label="What was invented", visible=False)
-            gr.on([photo.change, strength.change, shrink.input, added.input], upscale_one,
-                  [photo, strength, shrink, added], [slider, pixels, truth, invented, download, status],
+            gr.on([photo.change, strength.change, shrink.input, added.input, whole.input], upscale_one,
+                  [photo, strength, shrink, added, whole],
+                  [slider, pixels, truth, invented, faces, download, status],
                   trigger_mode="always_last", api_name="upscale", concurrency_id="upscale")
             with gr.Accordion("What do the words mean?", open=False):
                 gr.Markdown(WORDS)
         with gr.Tab("Folder"):
-            gr.Markdown(f"Up to {FILES} pictures at once, of {LIMIT:,} pixels each.")
+            gr.Markdown(f"Up to {FILES} pictures at once: faces, and photographs of up to 16 megapixels.")
             files = gr.File(file_count="multiple", label="Pictures", height=180)
             same = knob()
             go, report = gr.Button("Upscale all", variant="primary"), gr.Markdown()

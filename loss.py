@@ -210,6 +210,40 @@ def compare(picture, sr, scale):
     return [dict(zip(captions, (picture.lr, enlarged, sr, picture.hr)))], scores
 
 
+def face_pairs(picture, sr):
+    """Cut the faces of a photograph out of it and out of its result: a list of (before, after), (S, S, 3) uint8, turned
+    by quarters until they are upright."""
+    factor = len(sr) // len(picture.lr)
+    return [[np.rot90(image[patch.top * n:, patch.left * n:][:patch.side * n, :patch.side * n],
+                      round(patch.face.angle / 90)) for image, n in ((picture.lr, 1), (sr, factor))]
+            for patch in picture.patches]
+
+
+def photo_rows(picture, sr):
+    """Make a photograph's rows for `plot_comparison`: it with numbered frames and the result, then each face before
+    and after."""
+    framed = picture.lr.copy()
+    line = max(1, max(framed.shape) // 400)
+    for number, patch in enumerate(picture.patches, 1):
+        corners = np.array([[0, 0], [patch.side] * 2]) + [patch.left, patch.top]
+        cv2.rectangle(framed, *corners.tolist(), (255, 220, 0), line)
+        cv2.putText(framed, str(number), (corners[0] + [2 * line, 12 * line]).tolist(), cv2.FONT_HERSHEY_SIMPLEX,
+                    0.4 * line, (255, 220, 0), line, cv2.LINE_AA)
+    cells = {f"{picture.name}\n{picture.lr.shape[1]}x{picture.lr.shape[0]}": framed,
+             f"ours\n{sr.shape[1]}x{sr.shape[0]}": sr}
+    for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1):
+        cells |= zip((f"{number}: {patch.side} pixels\n", f"{number}: {patch.action}\n"), pair)
+    cells = list(cells.items())[:16]
+    return [dict(cells[i:i + 4]) for i in range(0, len(cells), 4)]
+
+
+def photo_table(picture):
+    """List a photograph's rows of faces.csv."""
+    return [(picture.name, number, round(patch.face.x, 1), round(patch.face.y, 1), round(patch.face.size, 1),
+             round(patch.face.angle, 1), round(patch.face.score, 3), patch.working_size, patch.action)
+            for number, patch in enumerate(picture.patches, 1)]
+
+
 def report(scores, path):
     """Print one row per picture and the means, and write them without the means as CSV."""
     width = max(map(len, [*scores, "image"]))

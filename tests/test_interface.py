@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from gradio_client import Client, handle_file
 from PIL import Image
@@ -97,14 +98,16 @@ def command(app, output, *arguments):
     return np.array(Image.open(output / f"{Path(arguments[0]).stem}.png"))
 
 
-def upscale(client, path, strength=1.0, shrink=False, added=False):
+def upscale(client, path, strength=1.0, shrink=False, added=False, whole=False):
     """Call the Upscale tab: a namespace of pictures (None where there is none) and the line of text."""
-    *outputs, line = client.predict(handle_file(path), strength, shrink, added, api_name="/upscale")
+    *outputs, line = client.predict(handle_file(path), strength, shrink, added, whole, api_name="/upscale")
+    gallery = outputs.pop(4)["value"] or []
+    faces = [(np.array(Image.open(face["image"])), face["caption"]) for face in gallery]
     files = [part["value"] if isinstance(part, dict) and "value" in part else part for part in outputs]
     pair, *files = [None if isinstance(part, dict) else part for part in files]
     pictures = [path and np.array(Image.open(path)) for path in (*(pair or (None, None)), *files)]
     names = ("bicubic", "ours", "lr", "truth", "invented", "download")
-    return SimpleNamespace(line=line, **dict(zip(names, pictures)))
+    return SimpleNamespace(line=line, faces=faces, **dict(zip(names, pictures)))
 
 
 def test_the_download_is_what_the_command_writes(app, client, tmp_path):
@@ -116,7 +119,7 @@ def test_the_download_is_what_the_command_writes(app, client, tmp_path):
         assert result.truth is None and result.invented is None
     assert result.bicubic.shape == (40, 48, 4)
     assert np.array_equal(upscale(client, plain).lr, read_image(plain)[0])
-    assert re.fullmatch(r"12 x 10 → 48 x 40 pixels in \d\.\d\d s on the CPU", result.line)
+    assert re.fullmatch(r"12 x 10 → 48 x 40 pixels; in \d\.\d\d s on the CPU", result.line)
 
 
 def test_shrink_first_shows_the_truth_and_scores(app, client, tmp_path):
@@ -131,6 +134,26 @@ def test_shrink_first_shows_the_truth_and_scores(app, client, tmp_path):
     assert np.abs(difference - result.invented).max() <= 1 and difference.std() > 5
 
 
+def test_a_photograph_is_searched_for_faces(app, client, tmp_path):
+    """The result is the command's; the faces are shown in pairs; as one face it goes through the network whole."""
+    face = skimage.data.astronaut()
+    small = Image.fromarray(face[:, 60:420]).resize((72, 102), Image.Resampling.LANCZOS)
+    path = tmp_path / "astronaut.png"
+    small.save(path)
+    result = upscale(client, path)
+    assert "1 face, 1 restored" in result.line
+    assert np.array_equal(result.download, command(app, tmp_path / "out", path, "--photo"))
+    assert [caption.split(":")[0] for _, caption in result.faces] == ["1"]
+    assert result.faces[0][0].shape == (256, 512, 3) and "restored" in result.faces[0][1]
+    one = upscale(client, path, whole=True)
+    assert np.array_equal(one.download, command(app, tmp_path / "out", path)) and one.faces == []
+    large = Image.fromarray(face).resize((2600, 2600))
+    large.save(tmp_path / "large.jpg")
+    result = upscale(client, tmp_path / "large.jpg")
+    assert "sharp already" in result.line and result.download.shape == (2600, 2600, 3)
+    assert result.ours.shape == (2048, 2048, 3)         # no more than a screen
+
+
 def test_pictures_that_cannot_be_used_get_a_sentence(client, app, tmp_path):
     good = save(tmp_path / "good.png")
     (tmp_path / "empty.png").touch()
@@ -143,11 +166,11 @@ def test_pictures_that_cannot_be_used_get_a_sentence(client, app, tmp_path):
         "cut.jpg": "cannot be read",
         "large.png": "the limit is 1,000,000",
     }.items():
-        result = upscale(client, tmp_path / name)
+        result = upscale(client, tmp_path / name, whole=True)
         assert name in result.line and reason in result.line and "/" not in result.line, name
         assert result.ours is result.lr is result.download is None
     assert "too small" in upscale(client, save(tmp_path / "dot.png", (3, 3)), shrink=True).line
-    assert client.predict(None, 1, False, False, api_name="/upscale")[-1] == ""
+    assert client.predict(None, 1, False, False, False, api_name="/upscale")[-1] == ""
     with pytest.raises(Exception, match="(?i)strength|maximum"):
         upscale(client, good, strength=7)
     assert upscale(client, good).ours is not None
@@ -156,7 +179,7 @@ def test_pictures_that_cannot_be_used_get_a_sentence(client, app, tmp_path):
 def test_files_of_the_machine_are_out_of_reach(app, client):
     """A request may name what was uploaded, nothing else."""
     path = str(next(iter(find_images(ROOT / "checkpoints"))))
-    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, 1.0, False, False]
+    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, 1.0, False, False, False]
     event = httpx.post(f"{app.url}gradio_api/call/upscale", json={"data": data}).json()["event_id"]
     answer = httpx.get(f"{app.url}gradio_api/call/upscale/{event}", timeout=20).text
     assert "event: error" in answer and "pixels" not in answer
