@@ -20,6 +20,7 @@ import re
 import sys
 import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, count
@@ -68,8 +69,7 @@ def find_images(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder")
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES
-                  and path.is_file()
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
@@ -95,8 +95,6 @@ def read_image(path):
                     image = image.convert("RGBA")
                     alpha = np.array(image.getchannel("A"))
                 return np.array(image.convert("RGB")), alpha
-    except DataError:
-        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"{path}: larger than {Image.MAX_IMAGE_PIXELS} pixels") from None
     except Image.UnidentifiedImageError:
@@ -242,8 +240,7 @@ def square_face(picture):
 
 @functools.lru_cache(maxsize=1)     # both stages of a training may use the same faces
 def load_split(train_dirs, val_dir, val_count, progress=True):
-    """Read the faces of some folders: (those to train on, at most `val_count` to validate on, spread
-    over the validation set), uint8 as of `load_faces`."""
+    """Read the faces of some folders: (those to train on, at most `val_count` to validate on), as of `load_faces`."""
     train_files, val_files = split_files(train_dirs, val_dir)
     every = -(-len(val_files) // val_count)
     return load_faces(train_files, progress), load_faces(val_files[::every], progress=False)
@@ -252,8 +249,7 @@ def load_split(train_dirs, val_dir, val_count, progress=True):
 def load_faces(files, progress=True):
     """Decode faces once: (N, 3, 128, 128) uint8. 70,000 of them are 3.4 GB.
 
-    A file that cannot be read is named in a warning on stderr and left out. Raises DataError when
-    none can be read.
+    A file that cannot be read is named in a warning on stderr and left out. Raises DataError where all are.
     """
     faces = torch.empty(len(files), 3, FACE_SIZE, FACE_SIZE, dtype=torch.uint8)
 
@@ -423,16 +419,16 @@ def cut_face(photo, face):
     cut = cv2.warpAffine(photo, matrix, (finer * FACE_SIZE,) * 2, flags=cv2.INTER_CUBIC,
                          borderMode=cv2.BORDER_REFLECT_101)
     reach = face.size / 2 * (abs(np.sin(np.radians(face.angle))) + abs(np.cos(np.radians(face.angle))))
-    (height, width), (x, y) = photo.shape[:2], (face.x, face.y)
-    return square_face(cut), max(0, reach - min(x, y, width - x, height - y)) / face.size
+    room = min(face.x, face.y, photo.shape[1] - face.x, photo.shape[0] - face.y)
+    return square_face(cut), max(0, reach - room) / face.size
 
 
 def cut_faces(photos, output):
     """Make a set to train on of some photographs, files and folders: write every face that is large and sharp enough
     to `output`, as <name of the photograph>_<number>.png, over no file that is there. Returns the exit status."""
     files, problems = find_inputs(photos, output)
-    numbers = dict.fromkeys(("cut", "already there", f"smaller than {FACE_SIZE} pixels", "not sharp",
-                             "cut off by the border"), 0)
+    files = [pair for pair in files if output.resolve() not in pair[0].resolve().parents]
+    numbers = Counter(cut=0)
     for path, relative in tqdm(files, "cutting faces", unit="photograph", disable=None):
         try:
             photo = read_image(path)[0]
@@ -450,8 +446,8 @@ def cut_faces(photos, output):
             problems.append(str(error))
     for sentence in problems:
         print(f"data_loader.py: {sentence}", file=sys.stderr)
-    print(f"{len(files)} photographs, {sum(numbers.values())} faces: " +
-          ", ".join(f"{number} {fate}" for fate, number in numbers.items() if number or fate == "cut"))
+    fates = ", ".join(f"{number} {fate}" for fate, number in numbers.items())
+    print(f"{len(files)} photographs, {sum(numbers.values())} faces: {fates}")
     return 2 if not files else 1 if problems else 0
 
 
@@ -502,24 +498,20 @@ def _blur_matrix(size, sigma):
     return torch.tensor(cv2.sepFilter2D(identity, -1, kernel, np.ones(1)))      # (size, size)
 
 
-# Tables of such matrices, so that a batch picks its own with one index on the device.
-
 @functools.lru_cache(maxsize=8)
 def _crop_table(cuts, size, device):
-    """Weights for taking `cut` of a face's samples and resizing them to `size`, for each of `cuts` and every
-    place; a cut that is larger than the face sees its border mirrored: (places, 128, size) and, by cut, where
-    its places begin in the table and how many they are."""
-    matrices, first, number = [], [], []
+    """A table, from which a batch picks its own with one index: weights for taking `cut` of a face's samples and
+    resizing them to `size`, for each of `cuts` and every place; beyond the border the face is mirrored. Returns it,
+    (places, 128, size), and by cut where its places begin in it and how many they are."""
+    matrices, first = [], []
     mirrored = np.pad(np.arange(FACE_SIZE), FACE_SIZE - 1, mode="reflect")
-    cpu = torch.device("cpu")
     for cut in cuts:
         first.append(len(matrices))
-        number.append(abs(FACE_SIZE - cut) + 1)
         for start in range(min(0, FACE_SIZE - cut), max(0, FACE_SIZE - cut) + 1):
             samples = torch.from_numpy(mirrored[start + FACE_SIZE - 1:][:cut])
-            weights = _resize_matrix(cut, size, "bicubic", cpu)
+            weights = _resize_matrix(cut, size, "bicubic", torch.device("cpu"))
             matrices.append(torch.zeros(FACE_SIZE, size).index_add_(0, samples, weights))
-    return torch.stack(matrices).to(device), np.array(first), np.array(number)
+    return torch.stack(matrices).to(device), np.array(first), abs(FACE_SIZE - np.array(cuts)) + 1
 
 
 @functools.lru_cache(maxsize=8)
@@ -652,12 +644,12 @@ def jpeg(picture, quality):
 class FaceBatches:
     """Training batches as a function of the step: the same step gives the same batch, always.
 
-    So a resumed training sees what an uninterrupted one sees, and several processes share a
-    batch without talking: process `rank` of `world` makes pictures rank, rank + world, ... of it.
+    So a resumed training sees what an uninterrupted one sees, and several processes share a batch without talking:
+    process `rank` of `world` makes pictures rank, rank + world, ... of it.
 
     Args:
         faces: (N, 3, 128, 128) uint8, on `device` or on the CPU.
-        batch_size: pictures in the batch of all processes together.
+        batch_size: pictures in the batch of all processes.
         patch_size: height and width of the HR patches, a multiple of the scale, at most 128.
         degradation: "bicubic" (downscale alone) or "mixed" (degrade).
         device: where batches are made; default: where the faces are.
@@ -681,8 +673,7 @@ class FaceBatches:
         return self.order[place]
 
     def __call__(self, step):
-        """Make the batch of a step: lr (N, 3, patch/scale, patch/scale), hr (N, 3, patch, patch),
-        float in [0, 1], N = batch_size / world."""
+        """Make the batch of a step: lr (N, 3, patch/scale, patch/scale) and hr (N, 3, patch, patch), N = batch_size / world."""
         # Drawn for the whole batch, so that each process draws the same.
         rng = np.random.default_rng([self.seed, 1, step])
         index = [self._index(step * self.batch_size + i) for i in range(self.batch_size)]
@@ -750,14 +741,10 @@ def place_faces(faces, device):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Cut the faces out of photographs, 128x128 as in FFHQ, to train on.")
-    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="files and folders (recursively)")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the faces")
-    args = parser.parse_args()
+    arguments = argparse.ArgumentParser(description="Cut faces out of photographs, 128x128 as in FFHQ, to train on.")
+    arguments.add_argument("photos", nargs="+", metavar="PHOTO", help="files and folders (recursively)")
+    arguments.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the faces")
     try:
-        sys.exit(cut_faces(args.photos, args.output))
+        sys.exit(cut_faces(**vars(arguments.parse_args())))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (DataError, OSError) as error:
-        print(f"data_loader.py: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -8,9 +8,11 @@ everything, so its size does not depend on the batch or the patch size.
     total, terms = criterion(sr, hr, discriminator(sr))     # terms: {"pixel": ..., "vgg": ..., ...}
 """
 import csv
+import functools
 import io
 import os
 import sys
+import tempfile
 import warnings
 from collections import defaultdict
 from datetime import datetime, timezone
@@ -265,6 +267,14 @@ def report(scores, path):
 METHODS = ("original", "nearest", "bicubic", "SRResNet", "SRGAN")
 GRADES = ("bad", "poor", "fair", "good", "excellent")
 FACES, REPEATS = 20, 10     # in a study; some pictures come twice, to see how consistent a rater is
+STUDY_ABSENT = """A blind study asks people how good pictures look, without telling them how each was made: the
+original, or one of four ways to enlarge it. It is started with a folder of sharp faces:
+
+    python inference.py --ui --study FOLDER"""
+STUDY_WELCOME = """You will see faces, one at a time. **How good does each picture look?** Give 1 (bad) to 5
+(excellent), with the buttons or the keys 1 to 5; go by your first impression. Each answer is saved at once: you
+may stop at any time, and continue later under the same name. The name is stored with the ratings: a nickname
+will do."""
 RATINGS = ("rater", "seed", "index", "face", "method", "repeat", "rating", "time")
 
 
@@ -358,6 +368,66 @@ class Study:
         if index == place < len(order):
             append_rating(self.ratings, (rater, self.seed, index, *order[index], rating,
                                          datetime.now(timezone.utc).isoformat(timespec="seconds")))
+
+
+def build_study(study, folder, sentence):
+    """Build the Study tab inside an open gr.Blocks."""
+    import gradio as gr
+
+    def ask(name):
+        """Show a rater the next picture; the page learns nothing about how it was made."""
+        try:
+            index, order = study.place(rater(name))
+        except (DataError, OSError) as error:
+            return {message: sentence(error)}
+        if index == len(order):
+            return {welcome: gr.Column(visible=False), desk: gr.Column(visible=False),
+                    message: "**Done, thank you!** Everything is saved."}
+        return {welcome: gr.Column(visible=False), desk: gr.Column(visible=True), position: index,
+                picture: study.pictures[order[index][:2]], message: f"Picture {index + 1} of {len(order)}"}
+
+    def rate(rating, name, index):
+        try:
+            study.rate(rater(name), index, rating)
+        except (DataError, OSError) as error:
+            return {message: sentence(f"This rating could not be saved: {error}")}
+        return ask(name)
+
+    def rater(name):
+        return " ".join(name.casefold().split())[:60]
+
+    def results():
+        try:
+            lines, text = study_results(read_ratings(study.ratings))
+        except (DataError, OSError) as error:
+            return str(error), None
+        plot = Path(tempfile.mkdtemp(dir=folder)) / "mean_opinion_scores.png"
+        plot_opinions(plot, lines)
+        return text, str(plot)
+
+    with gr.Column() as welcome:
+        gr.Markdown(STUDY_WELCOME)
+        name = gr.Textbox(label="Your name", max_lines=1, max_length=60)
+        start = gr.Button("Start or continue", variant="primary")
+    message = gr.Markdown()
+    with gr.Column(visible=False, elem_id="desk") as desk:
+        picture = gr.Image(show_label=False, format="png", interactive=False, buttons=[], container=False,
+                           elem_id="stimulus")
+        with gr.Row(elem_id="grades"):
+            buttons = [gr.Button(f"{n} {grade}", elem_id=f"rate-{n}", min_width=40)
+                       for n, grade in enumerate(GRADES, 1)]
+    # Sent along with each rating: a key pressed twice must not rate a picture that nobody has seen yet.
+    position = gr.Number(0, precision=0, visible="hidden")
+    outputs = [welcome, desk, picture, message, position]
+    gr.on([start.click, name.submit], ask, name, outputs, api_name="start", concurrency_id="study")
+    for n, button in enumerate(buttons, 1):
+        button.click(functools.partial(rate, n), [name, position], outputs, api_name=f"rate_{n}",
+                     concurrency_id="study", show_progress="hidden")
+    with gr.Accordion("Results (look afterwards: they would bias you)", open=False):
+        show = gr.Button("Show the results")
+        table = gr.Markdown(elem_id="results")
+        plot = gr.Image(show_label=False, interactive=False, buttons=["download"])
+    show.click(results, None, [table, plot], api_name="results", concurrency_id="study")
 
 
 def mean_opinion_scores(ratings, draws=2000, seed=0):
