@@ -673,7 +673,7 @@ class FaceBatches:
         return self.order[place]
 
     def __call__(self, step):
-        """Make the batch of a step: lr (N, 3, patch/scale, patch/scale), hr (N, 3, patch, patch); N is batch_size / world."""
+        """Make the batch of a step: lr (N, 3, patch/scale, patch/scale), hr (N, 3, patch, patch), N = batch / world."""
         # Drawn for the whole batch, so that each process draws the same.
         rng = np.random.default_rng([self.seed, 1, step])
         index = [self._index(step * self.batch_size + i) for i in range(self.batch_size)]
