@@ -11,13 +11,14 @@ flipped and reduced there for every step:
     python data_loader.py PHOTOS --output FACES         # cut faces to train on out of one's own photographs
 """
 import argparse
+import contextlib
 import csv
 import functools
-import gc
 import io
 import os
 import re
 import sys
+import time
 import warnings
 import zlib
 from collections import Counter
@@ -35,6 +36,9 @@ from tqdm import tqdm
 
 FACE_SIZE = 128             # FFHQ's thumbnails, the HR size
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# What is read, whatever the file is called. Pillow knows more, among them some that start other programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+PIXELS = 90_000_000         # of a picture: what has more is not read
 MARK = "face-srgan"         # the PNG field "Software" of every result: results are never inputs
 # The tables of scores and of faces that inference.py writes.
 METRICS = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic",
@@ -58,6 +62,9 @@ ZOOMS, ZOOM_SHARES = (1, 0.9, 0.8, 0.7, 0.6, 0.55), (0.5, 0.1, 0.1, 0.1, 0.1, 0.
 TURNED, HURT, BLURRED, NOISY, CODED = 0.2, 0.5, 0.5, 0.35, 0.5
 
 
+warnings.filterwarnings("ignore", module="PIL")        # PIXELS and `read_image` say what is wrong
+
+
 class DataError(Exception):
     """Input that cannot be used; the message is one sentence for the user."""
 
@@ -65,12 +72,35 @@ class DataError(Exception):
 # Files ------------------------------------------------------------------------------------------
 
 def find_images(folder):
-    """List the pictures below `folder`, in sorted order. Hidden files and folders are left out."""
-    folder = Path(folder)
-    if not folder.is_dir():
+    """List the pictures below `folder`, in sorted order. Hidden files and folders are left out, and folders that
+    cannot be read, with a warning on stderr."""
+    def unreadable(error):
+        print(f"warning: {error.filename}: {error.strerror}; left out", file=sys.stderr)
+
+    if not Path(folder).is_dir():
         raise DataError(f"{folder}: there is no such folder")
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files
+                  if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
+
+
+def open_image(path):
+    """Open a picture of one of FORMATS and at most PIXELS, without decoding it. Raises DataError."""
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise DataError(f"{path}: larger than {PIXELS:,} pixels") from None
+    except (Image.UnidentifiedImageError, SyntaxError, ValueError):
+        raise DataError(f"{path}: not a picture, or damaged") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if image.width * image.height > PIXELS:
+        image.close()
+        raise DataError(f"{path}: larger than {PIXELS:,} pixels")
+    return image
 
 
 def read_image(path):
@@ -79,41 +109,58 @@ def read_image(path):
     EXIF rotation is applied, 16-bit values are scaled to 8 bits, of an animation the first frame
     is read. Raises DataError with the reason when the file cannot be read.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+    with open_image(path) as image:
+        try:
+            image.load()
+            try:
                 image = ImageOps.exif_transpose(image)
-                if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                    levels = np.asarray(image, dtype=np.float64)
-                    # 16 bits per sample; "F" (float TIFF) is taken as [0, 1] where it fits.
-                    levels *= 255 if image.mode == "F" and levels.max() <= 1 else 255 / 65535
-                    gray = np.rint(levels.clip(0, 255)).astype(np.uint8)
-                    return np.repeat(gray[..., None], 3, axis=2), None
-                alpha = None
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    alpha = np.array(image.getchannel("A"))
-                return np.array(image.convert("RGB")), alpha
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"{path}: larger than {Image.MAX_IMAGE_PIXELS} pixels") from None
-    except Image.UnidentifiedImageError:
-        raise DataError(f"{path}: not a picture, or damaged") from None
-    except Exception as error:      # Pillow's decoders raise nearly every built-in exception
-        raise DataError(f"{path}: cannot be read ({error})") from None
+            except Exception:               # damaged EXIF of a sound picture
+                pass
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                levels = np.nan_to_num(np.asarray(image, dtype=np.float64))
+                # 16 bits per sample; "F" (float TIFF) is taken as [0, 1] where it fits.
+                levels *= 255 if image.mode == "F" and levels.max() <= 1 else 255 / 65535
+                gray = np.rint(levels.clip(0, 255)).astype(np.uint8)
+                return np.repeat(gray[..., None], 3, axis=2), None
+            alpha = None
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                alpha = np.array(image.getchannel("A"))
+            return np.array(image.convert("RGB")), alpha
+        except Exception as error:          # Pillow's decoders raise nearly every built-in exception
+            raise DataError(f"{path}: cannot be read ({str(error) or 'not enough memory'})") from None
+
+
+def printable(path):
+    """A path or name as text that every file and screen can take: bytes that are not UTF-8 become "\ufffd"; at the
+    beginning, nothing is left that a spreadsheet takes for a formula."""
+    text = os.fsencode(path).decode(errors="replace")
+    return f"./{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def write_atomically(path, write):
     """Call write(file) on a temporary file beside `path`, then rename it: `path` is never half
-    written, and what was there stays when the disk is full."""
+    written, and what was there stays when the disk is full. OSError names the path."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove_remains(path.parent)
+    temporary = path.with_name(f".{os.getpid()}-{zlib.crc32(os.fsencode(path.name)):08x}.face-srgan.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@functools.lru_cache(maxsize=64)
+def remove_remains(folder):
+    """Remove the temporary files that killed processes have left in a folder: none is written to for an hour."""
+    for path in Path(folder).glob(".*.face-srgan.tmp"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < time.time() - 3600:
+                path.unlink()
 
 
 def set_aside(path):
@@ -147,7 +194,7 @@ def is_result(path):
         if path.suffix == ".csv":
             with open(path, "rb") as file:
                 return file.readline().rstrip() in [",".join(header).encode() for header in (METRICS, FACES)]
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.info.get("Software") == MARK
     except Exception:       # not a picture at all, so not ours; reading it will say why
         return False
@@ -216,7 +263,7 @@ def split_files(train_dirs, val_dir=None):
     def validates(path):
         if re.fullmatch(r"\d{5}", path.stem) and path.parent.name == f"{int(path.stem) // 1000:02d}000":
             return int(path.stem) >= 60000
-        return zlib.crc32(path.name.encode()) % 100 < VAL_PERCENT
+        return zlib.crc32(os.fsencode(path.name)) % 100 < VAL_PERCENT
 
     val = [path for path in files if validates(path)]
     if not val or len(val) == len(files):   # too few files for a share: one validates
@@ -278,22 +325,6 @@ def load_faces(files, progress=True):
         if place != old:
             faces[place] = faces[old]
     return faces[:len(good)]
-
-
-def draw_faces(folder, number=12):
-    """Write generated faces, 128x128: ovals with eyes and a mouth, for `train.py --dry-run` and the tests."""
-    rng = np.random.default_rng(0)
-    for i in range(number):
-        picture = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        picture = cv2.resize(picture, (FACE_SIZE,) * 2, interpolation=cv2.INTER_CUBIC)
-        x, y = (int(v) for v in rng.integers(54, 75, 2))
-        skin = tuple(int(v) for v in rng.integers(60, 250, 3))
-        cv2.ellipse(picture, (x, y), (36, 48), 0, 0, 360, skin, -1, cv2.LINE_AA)
-        for side in (-14, 14):
-            cv2.circle(picture, (x + side, y - 10), 5, (255, 255, 255), -1, cv2.LINE_AA)
-            cv2.circle(picture, (x + side, y - 10), 2, (30, 30, 30), -1, cv2.LINE_AA)
-        cv2.ellipse(picture, (x, y + 20), (14, 6), 0, 0, 180, (60, 40, 160), 2, cv2.LINE_AA)
-        cv2.imwrite(str(Path(folder) / f"{i:05d}.png"), picture)
 
 
 def sample_faces():
@@ -727,17 +758,6 @@ class Prefetch:
             for part in batch:      # its memory is not to be used again before `current` is done with it
                 part.record_stream(current)
         return batch
-
-
-def place_faces(faces, device):
-    """Move faces to the device where they leave it half of its free memory; otherwise they stay on
-    the CPU, and every batch is sent."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()        # what an earlier stage has left counts as free
-        if faces.nbytes >= torch.cuda.mem_get_info(device)[0] / 2:
-            return faces
-    return faces.to(device)
 
 
 if __name__ == "__main__":

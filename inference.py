@@ -12,8 +12,10 @@
 The functions are the only code path for upscaling and scoring; train.py calls them too.
 """
 import argparse
+import contextlib
 import functools
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -23,57 +25,31 @@ import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from data_loader import (DAMAGES, FACES, KERNELS, DataError, Face, choose_output, enlarge, find_faces, find_images,
-                         find_inputs, read_image, resize_square, sample_faces, simulate, to_tensor, to_uint8,
+                         find_inputs, open_image, printable, read_image, resize_square, sample_faces, simulate,
                          working_size, write_csv, write_png)
 from loss import (STUDY_ABSENT, Study, build_study, compare, face_pairs, photo_rows, photo_table, plot_comparison,
                   plot_opinions, read_ratings, report, study_results)
-from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, FlipEnsemble, interpolate,
-                    load_checkpoint, select_device, select_dtype)
+from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TILE, CheckpointError, DeviceError, FlipEnsemble,
+                   load_generators, locked, select_device, select_dtype, upscale)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 STRENGTH = 1.0              # of the shipped weights; chosen on the validation faces
-TILE, OVERLAP = 384, 20     # LR pixels; what lies further away changes a pixel by under a grey level
 WRITERS = 8                 # threads that compress PNGs; as many pictures wait to be written
 SHOWN = 8                   # pictures in the comparison figure
+RESULT_LIMIT = 400_000_000  # pixels of a result, of which each takes up to 8 bytes
 
 
 class UsageError(Exception):
     """A call that cannot be carried out; the message is one sentence for the user."""
-
-
-# Upscaling --------------------------------------------------------------------------------------
-
-@torch.inference_mode()
-def upscale(generator, pictures):
-    """Enlarge pictures of one size: (N, H, W, 3) uint8, or a list of N, to (N, sH, sW, 3) uint8.
-
-    `generator` comes from `Generator.for_inference()`, on any device. Large pictures are cut into equal tiles of
-    at most TILE, each computed with a margin, which hides the seams. The device holds one tile at a time, and
-    the result is held once, in 8 bits.
-    """
-    pictures, device = np.asarray(pictures), next(generator.parameters()).device
-    scale, (number, height, width, _) = generator.scale, pictures.shape
-    sr = np.empty((number, height * scale, width * scale, 3), np.uint8)
-    rows, columns = ([*pairwise(i * side // -(-side // TILE) for i in range(-(-side // TILE) + 1))]
-                     for side in (height, width))
-    for (top, bottom), (left, right) in product(rows, columns):
-        y, x = max(0, top - OVERLAP), max(0, left - OVERLAP)
-        lr = to_tensor(pictures[:, y:bottom + OVERLAP, x:right + OVERLAP]).to(device)
-        tile = to_uint8(generator(lr.contiguous(memory_format=torch.channels_last)))
-        sr[:, top * scale:bottom * scale, left * scale:right * scale] = \
-            tile[:, (top - y) * scale:(bottom - y) * scale, (left - x) * scale:(right - x) * scale]
-    return sr
 
 
 # The command ----------------------------------------------------------------------------------
@@ -111,16 +87,25 @@ def read_pictures(args, files, scale, taken, failed):
                 if truth is None:
                     failed(f"{path}: no ground truth with this name in {args.hr}; upscaled, not scored")
                 else:
-                    hr = read_image(truth)[0]
-                    if hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
-                        failed(f"{truth}: {hr.shape[1]}x{hr.shape[0]} pixels, not {scale} times "
-                               f"{lr.shape[1]}x{lr.shape[0]}; upscaled, not scored")
+                    try:
+                        hr = read_image(truth)[0]
+                        if hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
+                            raise DataError(f"{truth}: {hr.shape[1]}x{hr.shape[0]} pixels, not {scale} times "
+                                            f"{lr.shape[1]}x{lr.shape[0]}")
+                    except DataError as error:
+                        failed(f"{error}; upscaled, not scored")
                         hr = None
+            factor = enlargement(lr, args.enlarge) if args.photo else scale
+            if lr.shape[0] * lr.shape[1] * factor ** 2 > RESULT_LIMIT:
+                raise DataError(f"{path}: {lr.shape[1]}x{lr.shape[0]} pixels, too many to enlarge {factor} times: "
+                                f"the result may have {RESULT_LIMIT:,}; " + (
+                                    "use --enlarge 1" if args.photo else "use --photo for a photograph with faces"))
             output = choose_output(relative, args.output, taken)
-            name = output.relative_to(args.output).with_suffix("").as_posix()
+            name = printable(output.relative_to(args.output).with_suffix(""))
             yield Picture(name, output, lr, alpha, hr)
-        except (DataError, OSError) as error:
-            failed(str(error) if str(path) in str(error) else f"{path}: {error}")
+        except (DataError, OSError, MemoryError) as error:
+            reason = str(error) or "not enough memory"
+            failed(reason if str(path) in reason else f"{path}: {reason}")
 
 
 def upscale_pictures(generator, pictures, batch_size):
@@ -157,23 +142,10 @@ def write_results(results):
     with ThreadPoolExecutor(WRITERS) as pool:
         for picture, sr in results:
             writing.append((picture, sr, pool.submit(write_result, picture, sr)))
-            if len(writing) > WRITERS:
+            # Large ones are not hoarded: each would wait with all its pixels.
+            while len(writing) > WRITERS or writing and sum(sr.size for _, sr, _ in writing) > 2**27:
                 yield writing.popleft()
         yield from writing
-
-
-def load_generators(checkpoint, strength, both=False):
-    """Load a generator and set its strength, from 0 (the SRResNet beside the checkpoint) to 1 (the
-    checkpoint itself): (generator, that SRResNet if `both` else None)."""
-    generator, _ = load_checkpoint(checkpoint)
-    if strength == 1 and not both:
-        return generator, None
-    path = checkpoint.with_name(f"srresnet_x{generator.scale}.pth")
-    if not path.exists():
-        raise UsageError(f"--strength, --added and --study need {path}, the faithful network beside "
-                         f"{checkpoint.name}")
-    faithful, _ = load_checkpoint(path)
-    return interpolate(faithful, generator, strength), faithful if both else None
 
 
 def added_detail(faithful, lr, sr):
@@ -230,6 +202,12 @@ def lay(patch, canvas, factor):
     place[:] = np.rint(place + mask * (sr - place.astype(np.float32)))
 
 
+def enlargement(photo, factor=None):
+    """How many times a photograph is enlarged: by default what gives a handy size."""
+    size = photo.shape[0] * photo.shape[1]
+    return factor or (4 if size <= 1e6 else 2 if size <= 4e6 else 1)
+
+
 def restore_photos(generator, photos, batch_size, factor=None, background=None):
     """Yield (picture, sr) for each Picture of a photograph, in order; sr (NH, NW, 3) uint8, picture.patches its faces.
 
@@ -254,7 +232,7 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None):
     group, pixels = [], 0
     for picture in photos:
         size = picture.lr.shape[0] * picture.lr.shape[1]
-        number = factor or (4 if size <= 1e6 else 2 if size <= 4e6 else 1)
+        number = enlargement(picture.lr, factor)
         group.append((picture, number, find_patches(picture.lr, number)))
         pixels += size
         if pixels > 4e6 or sum(len(patches) for _, _, patches in group) >= batch_size:
@@ -328,17 +306,21 @@ def main(args):
             if faithful is not None:
                 rows[0]["added detail\nx3, from gray"] = added_detail(faithful, picture.lr, sr)
             sheet[picture.name] = rows
-    if sheet:
-        plot_comparison(comparison, [row for name in sorted(sheet) for row in sheet[name]])
-    if scores:
-        report(scores, table)
-    if args.photo:
-        write_csv(table, FACES, faces)
+    try:
+        if scores:
+            report(scores, table)
+        if faces:
+            write_csv(table, FACES, faces)
+        if sheet:
+            plot_comparison(comparison, [row for name in sorted(sheet) for row in sheet[name]])
+    except OSError as error:
+        failed(f"{error.filename or args.output}: cannot be written ({error.strerror})")
+        sheet = {}
     what = f"photograph{'s' * (done != 1)} restored" if args.photo else \
         f"picture{'s' * (done != 1)} upscaled {generator.scale}x"
-    print(f"{done} {what} into {args.output} in {time.monotonic() - started:.1f} s on the {device.type}; "
-          f"compare: {comparison}")
-    return 1 if problems else 0
+    print(f"{done} {what} into {args.output} in {time.monotonic() - started:.1f} s on the {device.type}"
+          + f"; compare: {comparison}" * bool(sheet))
+    return 2 if not done else 1 if problems else 0
 
 
 # The interface ----------------------------------------------------------------------------------
@@ -422,8 +404,19 @@ class Workshop:
         self.upscale(np.zeros((32, 32, 3), np.uint8), args.strength)            # the first one is slow
 
     def _generator(self, strength):
+        if not 0 <= strength <= 1:
+            raise UsageError("Strength is a number from 0 to 1")
         generator = load_generators(self.args.checkpoint, strength)[0].for_inference(self.dtype).to(self.device)
         return FlipEnsemble(generator) if self.args.flip else generator
+
+    def sweep(self, kept, age=KEPT * 60):
+        """Delete what lies in the folder, longer than `age` seconds, and is not among the paths `kept`. Gradio's own
+        deletion ends for good when an upload comes in between."""
+        for parent, _, files in os.walk(self.folder):
+            for path in (os.path.join(parent, name) for name in files):
+                with contextlib.suppress(OSError):
+                    if path not in kept and os.stat(path).st_mtime < time.time() - age:
+                        os.unlink(path)
 
     def upscale(self, lr, strength):
         with self.turn:
@@ -439,18 +432,18 @@ class Workshop:
 
     def read(self, path, output, shrink=False, whole=True):
         """Read an upload as a Picture. Raises DataError with a sentence that names the file without its folder."""
-        if not path.exists():
+        # A request can name any file of the machine; what was uploaded or made here lies in our folder.
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise DataError("This picture was not uploaded here")
+        if not path.is_file():
             raise DataError(f"{path.name} has been deleted by now, as promised below; please give it again")
-        try:
-            with Image.open(path) as image:     # reads no more than the size
-                width, height = image.size
-        except Exception:
-            width = height = 0                  # read_image says what is wrong
         limit = LIMIT if whole or shrink else PHOTO_LIMIT
-        if width * height > limit:
-            raise DataError(f"{path.name} has {width} x {height} pixels, too many: the limit is {limit:,} in all"
-                            f"{' for one face; please cut it out' * (limit == LIMIT)}, or reduce the picture first")
         try:
+            with open_image(path) as image:
+                width, height = image.size
+            if width * height > limit:
+                raise DataError(f"{path} has {width} x {height} pixels, too many: the limit is {limit:,} in all"
+                                f"{' for one face; please cut it out' * (limit == LIMIT)}, or reduce the picture first")
             (lr, alpha), hr = read_image(path), None
             if shrink:
                 (lr, hr), alpha = simulate(lr, self.scale, self.args.kernel, self.args.damage), None
@@ -563,7 +556,7 @@ def build_app(workshop, study):
     shown = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=220,
                               elem_classes="pixels")
 
-    with gr.Blocks(title="Face SRGAN", analytics_enabled=False, delete_cache=(60, KEPT * 60)) as app:
+    with gr.Blocks(title="Face SRGAN", analytics_enabled=False) as app:
         gr.Markdown(INTRODUCTION)
         with gr.Tab("Upscale"):
             with gr.Row():
@@ -628,7 +621,11 @@ def serve(args):
     # our own, which is gone when we are.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="face-srgan-", ignore_cleanup_errors=True) as folder:
+    for remains in Path(tempfile.gettempdir()).glob("face-srgan-*"):        # of processes that were killed
+        with contextlib.suppress(OSError), locked(remains) as dead:
+            if dead:
+                shutil.rmtree(remains)
+    with tempfile.TemporaryDirectory(prefix="face-srgan-", ignore_cleanup_errors=True) as folder, locked(folder):
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
             import gradio as gr
@@ -647,8 +644,15 @@ def serve(args):
             raise UsageError(f"--host {args.host} --port {args.port or '7860 to 7959'}: cannot listen there; "
                              "another program does, or the address is not this machine's") from None
         print(f"Face SRGAN is at {address} on the {workshop.device.type}; Ctrl-C ends it", flush=True)
+        kept = {str(path) for path in Path(folder).rglob("*")}
         try:
-            threading.Event().wait()
+            while True:
+                workshop.sweep(kept)
+                time.sleep(60)
+        except KeyboardInterrupt:       # SIGTERM too
+            shutil.rmtree(folder, ignore_errors=True)
+            sys.stdout.flush()
+            os._exit(130)               # a thread may be inside the network, which does not end gently
         finally:
             app.close(verbose=False)
 
@@ -714,15 +718,15 @@ def parse_arguments(argv=None):
         raise UsageError("--ui takes its pictures in the browser: leave out INPUT, --hr and --simulate")
     if args.port is not None and not 1 <= args.port <= 65535:
         raise UsageError("--port must be from 1 to 65535")
-    if args.seed < 0:
-        raise UsageError("--seed must not be negative")
+    if not 0 <= args.seed <= 2**32:
+        raise UsageError(f"--seed must be from 0 to {2**32}")
     if args.strength is None:
         args.strength = 1.0 if args.checkpoint else STRENGTH
     args.checkpoint = args.checkpoint or CHECKPOINT
     if not 0 <= args.strength <= 1:
         raise UsageError("--strength must be from 0 to 1")
-    if args.batch_size < 1:
-        raise UsageError("--batch-size must be at least 1")
+    if not 1 <= args.batch_size <= 65536:
+        raise UsageError("--batch-size must be from 1 to 65536")
     if args.hr and not args.inputs:
         raise UsageError("--hr needs INPUT")
     return args
@@ -731,12 +735,15 @@ def parse_arguments(argv=None):
 def run(argv=None):
     """Run `main` and turn every expected failure into one sentence; return the exit status."""
     try:
+        # A name that the terminal cannot show must not end the work.
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
         return main(parse_arguments(argv))
     except (UsageError, CheckpointError, DataError, DeviceError, OSError) as error:
         print(f"inference.py: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print(f"inference.py: {CUDA_FULL}", file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        print(f"inference.py: {'the memory is full' if isinstance(error, MemoryError) else CUDA_FULL}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

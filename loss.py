@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from data_loader import (MARK, METRICS, DataError, downscale, enlarge, find_images, read_image, simulate, square_face,
                          to_tensor, to_uint8, write_atomically, write_csv)
+from model import CheckpointError, load_plain
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
 # how many layers of torchvision's vgg19().features lead there.
@@ -53,12 +54,10 @@ class VGGFeatures(nn.Module):
         from torchvision.models import VGG19_Weights, vgg19     # slow to import, seldom needed
         try:
             state = VGG19_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True) if weights is None \
-                else torch.load(Path(weights), map_location="cpu", weights_only=True)
-        except Exception as error:      # URLError, OSError, or what torch.load raises
-            reason = str(getattr(error, "reason", None) or getattr(error, "strerror", None)
-                         or "damaged, or not a state dict").rstrip(".")
+                else load_plain(weights)
+        except (CheckpointError, OSError, RuntimeError) as error:       # URLError is an OSError
             raise LossError(
-                f"the VGG19 weights {weights or 'of torchvision'} cannot be loaded ({reason}); give "
+                f"the VGG19 weights cannot be loaded ({getattr(error, 'reason', error)}); give "
                 "a file with --vgg-weights FILE, or --vgg-weights none to train without") from None
         with torch.device("meta"):      # shapes only: the full network would take 550 MB
             self.layers = vgg19().features[:VGG_LAYERS[layer]]
@@ -105,6 +104,19 @@ def shifted(step, *pictures):
         memory_format=torch.channels_last) for picture in pictures]
 
 
+def lattice_loss(sr, hr, period=4, window=8):
+    """Mean square of the pattern in sr - hr that repeats every `period` pixels: the mean error of each of the
+    period x period places, over windows of `window` repetitions, less the mean of all places.
+
+    A sub-pixel network can give each place a bias of its own, a regular lattice, which the VGG and adversarial losses
+    reward, since it passes for texture. It hardly counts in the squared error; here, texture averages out, it does not.
+    """
+    height, width = (side - side % period for side in sr.shape[2:])
+    error = F.pixel_unshuffle((sr - hr)[..., :height, :width], period).unflatten(1, (3, -1))    # (N, 3, period^2, h, w)
+    pattern = (error - error.mean(2, keepdim=True)).flatten(1, 2)
+    return F.avg_pool2d(pattern, min(window, *pattern.shape[2:]), window // 2).square().mean()
+
+
 def total_variation(picture):
     """Mean absolute difference of neighbours, down plus across."""
     return picture.diff(dim=2).abs().mean() + picture.diff(dim=3).abs().mean()
@@ -128,20 +140,22 @@ class GeneratorLoss(nn.Module):
         vgg: weight of `vgg_distance`; needs `features`, a VGGFeatures.
         adversarial: weight of `adversarial_loss` (the paper: 1e-3); needs logits at each call.
         tv: weight of `total_variation`.
+        lattice: weight of `lattice_loss`, of `period` pixels, the scale.
     """
 
-    def __init__(self, pixel=1.0, vgg=0.0, adversarial=0.0, tv=0.0, features=None):
+    def __init__(self, pixel=1.0, vgg=0.0, adversarial=0.0, tv=0.0, features=None, lattice=0.0, period=4):
         super().__init__()
         self.weights = {name: weight for name, weight in
-                        dict(pixel=pixel, vgg=vgg, adversarial=adversarial, tv=tv).items() if weight}
-        self.features = features
+                        dict(pixel=pixel, vgg=vgg, adversarial=adversarial, tv=tv, lattice=lattice).items() if weight}
+        self.features, self.period = features, period
 
     def forward(self, sr, hr, fake_logits=None):
         """Return (the weighted sum, the unweighted terms by name)."""
         compute = dict(pixel=lambda: F.mse_loss(sr, hr),
                        vgg=lambda: vgg_distance(self.features, sr, hr),
                        adversarial=lambda: adversarial_loss(fake_logits),
-                       tv=lambda: total_variation(sr))
+                       tv=lambda: total_variation(sr),
+                       lattice=lambda: lattice_loss(sr, hr, self.period))
         terms = {name: compute[name]() for name in self.weights}
         return sum(weight * terms[name] for name, weight in self.weights.items()), terms
 
@@ -199,7 +213,8 @@ def plot_comparison(path, rows):
 def compare(picture, sr, scale):
     """Compare a result with bicubic and, where it is known, the ground truth: ([its row for
     `plot_comparison`], its line of metrics.csv or {})."""
-    enlarged = enlarge(picture.lr, scale)
+    # Where there is nothing to score, no larger than the figure shows it.
+    enlarged = enlarge(picture.lr, scale if picture.hr is not None else min(scale, -(-1024 // max(picture.lr.shape))))
     captions = [f"{picture.name}\nLR {picture.lr.shape[1]}x{picture.lr.shape[0]}", "bicubic\n", "ours\n"]
     if picture.hr is None:
         return [dict(zip(captions, (picture.lr, enlarged, sr)))], {}

@@ -7,21 +7,30 @@ figure 4. Pictures are RGB tensors of shape (N, 3, H, W) with values in [0, 1] e
     generator = load_checkpoint("checkpoints/srgan_x4.pth")[0]
     sr = generator(lr)                  # (N, 3, H, W) -> (N, 3, 4H, 4W), not clamped
 """
+import contextlib
 import copy
+import hashlib
+import io
 import os
+import zipfile
+from itertools import pairwise, product
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data_loader import write_atomically
+from data_loader import to_tensor, to_uint8, write_atomically
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 PRECISION_HELP = ("of the networks' arithmetic; auto: bfloat16 where the hardware computes in it, float16 on Volta and "
                   "Turing, else float32, which is never TF32 [%(default)s]")
+CONTENT = 2 * 10**9         # bytes that a .pth file may unpack to; VGG19 has 0.55
+TILE, OVERLAP = 288, 20     # LR pixels; what lies further away changes a pixel by under a grey level
 CUDA_FULL = "the GPU's memory is full; try a smaller --batch-size, or --device cpu"
 
 
@@ -148,6 +157,28 @@ class MovingAverage:
         torch._foreach_copy_(*self.counts)
 
 
+@torch.inference_mode()
+def upscale(generator, pictures):
+    """Enlarge pictures of one size: (N, H, W, 3) uint8, or a list of N, to (N, sH, sW, 3) uint8.
+
+    `generator` comes from `Generator.for_inference()`, on any device. Large pictures are cut into equal tiles of
+    at most TILE, each computed with a margin, which hides the seams. The device holds one tile at a time, and
+    the result is held once, in 8 bits.
+    """
+    pictures, device = np.asarray(pictures), next(generator.parameters()).device
+    scale, (number, height, width, _) = generator.scale, pictures.shape
+    sr = np.empty((number, height * scale, width * scale, 3), np.uint8)
+    rows, columns = ([*pairwise(i * side // -(-side // TILE) for i in range(-(-side // TILE) + 1))]
+                     for side in (height, width))
+    for (top, bottom), (left, right) in product(rows, columns):
+        y, x = max(0, top - OVERLAP), max(0, left - OVERLAP)
+        lr = to_tensor(pictures[:, y:bottom + OVERLAP, x:right + OVERLAP]).to(device)
+        tile = to_uint8(generator(lr.contiguous(memory_format=torch.channels_last)))
+        sr[:, top * scale:bottom * scale, left * scale:right * scale] = \
+            tile[:, (top - y) * scale:(bottom - y) * scale, (left - x) * scale:(right - x) * scale]
+    return sr
+
+
 class FlipEnsemble(nn.Module):
     """The mean of a generator's results for a picture and for its mirror image, in twice the time."""
 
@@ -255,48 +286,125 @@ def synchronise_batch_norm(network):
             module.__class__ = _ProcessesBatchNorm
 
 
-def save_checkpoint(path, generator, training):
-    """Write a generator's weights and architecture, and the facts of its training (a dict of
-    numbers, strings and dicts of those), as one .pth file."""
-    weights = {name: tensor.detach().cpu().contiguous()
-               for name, tensor in generator.state_dict().items()}
-    content = {"format": FORMAT, "architecture": generator.architecture, "weights": weights,
-               "training": training}
-    write_atomically(path, lambda file: torch.save(content, file))
+def save_plain(path, content):
+    """Write tensors, numbers, strings, lists and dicts of them as one .pth file, whole or not at all."""
+    with io.BytesIO() as buffer:    # torch.save into a file hides why it cannot be written
+        torch.save(content, buffer)
+        write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_plain(path):
-    """torch.load of tensors, numbers and strings only: nothing in the file can run code. Raises
-    CheckpointError with one sentence for a missing or damaged file."""
+    """Read what `save_plain` wrote, or another file of plain tensors: nothing in it can run code, and what unpacks to
+    more than CONTENT bytes is not read. Raises CheckpointError with one sentence for a missing or damaged file."""
+    path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: not a file")        # a pipe would never end
+        size = path.stat().st_size
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                size = sum(part.file_size for part in parts.infolist())
+        if size > CONTENT:
+            raise CheckpointError(f"{path}: unpacks to {size:,} bytes, more than any checkpoint of this project")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file") from None
+    except CheckpointError:
+        raise
     except Exception as error:      # torch.load raises half a dozen unrelated kinds
         reason = getattr(error, "strerror", None) or "damaged, or not only plain tensors"
         raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from None
 
 
+def checksum(weights):
+    """SHA-256 of a state dict: names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path, generator, training):
+    """Write a generator's weights and architecture, and the facts of its training (a dict of
+    numbers, strings and dicts of those), as one .pth file."""
+    weights = {name: tensor.detach().cpu().contiguous()
+               for name, tensor in generator.state_dict().items()}
+    save_plain(path, {"format": FORMAT, "architecture": generator.architecture, "weights": weights,
+                      "checksum": checksum(weights), "training": training})
+
+
 def load_checkpoint(path):
     """Read a checkpoint: (generator in eval mode on the CPU, facts of its training).
 
-    Raises CheckpointError with one sentence for a missing, damaged or foreign file.
+    Raises CheckpointError with one sentence for a missing, damaged or foreign file, and for weights that are not
+    finite or, where the file has a checksum, have changed since they were written.
     """
     content = load_plain(path)
     try:
         if content["format"] != FORMAT:
             raise ValueError
-        architecture = content["architecture"]
-        # Bounds, so that a made-up file cannot ask for all the memory there is.
-        if not (1 <= architecture["blocks"] <= 256 and 1 <= architecture["channels"] <= 1024):
+        architecture, weights = content["architecture"], content["weights"]
+        # Before anything is computed or takes memory: plain numbers in bounds, and every shape as it must be.
+        if [type(value) for value in architecture.values()] != [int, int, int, bool] or not (
+                1 <= architecture["blocks"] <= 256 and 1 <= architecture["channels"] <= 1024):
             raise ValueError
-        generator = Generator(**architecture)
-        generator.load_state_dict(content["weights"])
+        with torch.device("meta"):
+            generator = Generator(**architecture)
+        expected = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in generator.state_dict().items()}
+        if {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in weights.items()} != expected:
+            raise ValueError
+        # One small storage can pose as many large tensors.
+        if len({tensor.data_ptr() for tensor in weights.values()}) < len(weights) or not all(
+                tensor.is_contiguous() for tensor in weights.values()):
+            raise ValueError
+        generator.load_state_dict(weights, assign=True)
+        generator.float()
         training = dict(content["training"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         raise CheckpointError(f"{path}: not a generator checkpoint of this project "
                               f"(format {FORMAT})") from None
+    if content.get("checksum", checksum(weights)) != checksum(weights):
+        raise CheckpointError(f"{path}: damaged, the weights are not those that were written")
+    if not all(tensor.isfinite().all() and (tensor.min() >= 0 or not name.endswith("running_var"))
+               for name, tensor in generator.state_dict().items()):
+        raise CheckpointError(f"{path}: holds weights that are not finite, or negative variances")
     return generator.eval(), training
+
+
+def load_generators(checkpoint, strength, both=False):
+    """Load a generator and set its strength, from 0 (the SRResNet beside the checkpoint) to 1 (the
+    checkpoint itself): (generator, that SRResNet if `both` else None)."""
+    generator, _ = load_checkpoint(checkpoint)
+    if strength == 1 and not both:
+        return generator, None
+    path = checkpoint.with_name(f"srresnet_x{generator.scale}.pth")
+    if not path.exists():
+        raise CheckpointError(f"--strength, --added and --study need {path}, the faithful network beside "
+                         f"{checkpoint.name}")
+    faithful, _ = load_checkpoint(path)
+    return interpolate(faithful, generator, strength), faithful if both else None
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Reserve a folder for this process, as long as it lives: yields False where another one has it. Where the system
+    or the file system knows no such locks, everybody gets it."""
+    descriptor, mine = None, True
+    with contextlib.suppress(ImportError):
+        import fcntl
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mine = False
+        except OSError:
+            pass
+    try:
+        yield mine
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def select_device(name):

@@ -14,6 +14,7 @@ import argparse
 import copy
 import datetime
 import functools
+import gc
 import json
 import math
 import os
@@ -21,25 +22,30 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data_loader import (FACE_SIZE, DataError, FaceBatches, Prefetch, draw_faces, load_split, place_faces,
-                         set_aside, simulate, to_tensor, write_atomically)
+from data_loader import (FACE_SIZE, DataError, FaceBatches, Prefetch, load_split, set_aside, simulate, to_tensor,
+                         write_atomically)
 from inference import Picture, upscale_pictures
 from loss import (VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, compare, discriminator_loss, plot_comparison,
                   shifted, vgg_distance)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Discriminator, Generator,
-                   MovingAverage, device_name, load_checkpoint, load_plain, save_checkpoint, select_device,
-                   select_dtype, synchronise_batch_norm)
+                   MovingAverage, device_name, load_checkpoint, load_plain, locked, save_checkpoint, save_plain,
+                   select_device, select_dtype, synchronise_batch_norm)
 
 STAGES = ("srresnet", "srgan")
 STATE = "training_state.pth"
+# What a state tells of a stage's progress.
+PROGRESS = {"step": int, "seconds": (int, float), "best": (float, int, type(None)), "sums": dict, "count": int}
+UNFIT = "{}: not the state of a training of this project, or damaged; without --resume, it is set aside"
 # Flags that a checkpoint does not tell: where somebody's files lie, and how the script was called.
 PRIVATE = ("train_dir", "gan_train_dir", "val_dir", "init", "output", "vgg_weights", "resume", "dry_run")
 # Defaults by device: a GPU is kept busy by 64 patches and more only, and must not wait for validations.
@@ -47,6 +53,11 @@ DEFAULTS = {"cpu": dict(batch_size=16, lr=4e-4, gan_lr=1e-4, val_every=500, save
             "cuda": dict(batch_size=128, lr=8e-4, gan_lr=2e-4, val_every=2000, save_every=1000)}
 VAL_FACES = 100     # validated on, spread over the validation set
 LOG_EVERY = 10      # steps between looks at the losses; each look waits for the GPU
+# Of the flags that are numbers: the least and the most that makes sense.
+BOUNDS = {"val_every": (1, 1e9), "save_every": (1, 1e9), "keep_every": (1, 1e9), "blocks": (1, 256),
+          "channels": (1, 1024), "pretrain_steps": (0, 1e9), "gan_steps": (0, 1e9), "batch_size": (1, 65536), "patch_size": (20, FACE_SIZE),
+          "lr": (1e-12, 1), "gan_lr": (1e-12, 1), "discriminator_lr": (1e-12, 1), "seed": (0, 2**32)}
+BOUNDS |= dict.fromkeys(("pixel_weight", "vgg_weight", "adversarial_weight", "tv_weight", "lattice_weight"), (0, 1e9))
 
 
 class TrainingError(Exception):
@@ -82,7 +93,7 @@ def validate(generator, faces, device, features=None):
 def plot_curves(log, path):
     """Draw the training curves of a log.jsonl: PSNR, VGG distance, losses, D(real) and D(fake)."""
     from matplotlib.figure import Figure
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = read_log(log)
     figure = Figure(figsize=(12, 8))
     figure.subplots_adjust(left=0.08, right=0.98, bottom=0.07, top=0.95, hspace=0.3)
     panels = dict(zip(("validation PSNR, dB", "validation VGG distance", "training losses, unweighted",
@@ -109,7 +120,46 @@ def plot_curves(log, path):
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    figure.savefig(path, dpi=100)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def read_log(path):
+    """Read a log.jsonl: a list of dicts. Raises TrainingError where a line is damaged."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, text in enumerate(lines, 1):
+        try:
+            lines[number - 1] = line = json.loads(text)
+            line["stage"], line["train"].items(), [line[name] + 0 for name in ("step", "psnr", "psnr_bicubic")]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise TrainingError(f"{path}: line {number} is damaged; remove it") from None
+    return lines
+
+
+def draw_faces(folder, number=12):
+    """Write generated faces, 128x128: ovals with eyes and a mouth, for `train.py --dry-run` and the tests."""
+    rng = np.random.default_rng(0)
+    for i in range(number):
+        picture = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        picture = cv2.resize(picture, (FACE_SIZE,) * 2, interpolation=cv2.INTER_CUBIC)
+        x, y = (int(v) for v in rng.integers(54, 75, 2))
+        skin = tuple(int(v) for v in rng.integers(60, 250, 3))
+        cv2.ellipse(picture, (x, y), (36, 48), 0, 0, 360, skin, -1, cv2.LINE_AA)
+        for side in (-14, 14):
+            cv2.circle(picture, (x + side, y - 10), 5, (255, 255, 255), -1, cv2.LINE_AA)
+            cv2.circle(picture, (x + side, y - 10), 2, (30, 30, 30), -1, cv2.LINE_AA)
+        cv2.ellipse(picture, (x, y + 20), (14, 6), 0, 0, 180, (60, 40, 160), 2, cv2.LINE_AA)
+        cv2.imwrite(str(Path(folder) / f"{i:05d}.png"), picture)
+
+
+def place_faces(faces, device):
+    """Move faces to the device where they leave it half of its free memory; otherwise they stay on
+    the CPU, and every batch is sent."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()        # what an earlier stage has left counts as free
+        if faces.nbytes >= torch.cuda.mem_get_info(device)[0] / 2:
+            return faces
+    return faces.to(device)
 
 
 class Stage:
@@ -161,7 +211,8 @@ class Stage:
                 for network in (self.generator, self.discriminator))
         if self.gan:
             self.criterion = GeneratorLoss(args.pixel_weight, args.vgg_weight * (features is not None),
-                                           args.adversarial_weight, args.tv_weight, features)
+                                           args.adversarial_weight, args.tv_weight, features,
+                                           args.lattice_weight, args.scale)
         else:
             self.criterion = GeneratorLoss(pixel=1, tv=args.tv_weight)
         if args.compile:
@@ -307,21 +358,47 @@ class Stage:
     def save(self):
         """Write all that --resume needs."""
         self.losses()
-        progress = {name: getattr(self, name) for name in ("step", "seconds", "best", "sums", "count")}
+        progress = {name: getattr(self, name) for name in PROGRESS}
         log_size = self.log.stat().st_size if self.log.exists() else 0
-        state = dict(stage=self.name, args=plain(self.args), progress=progress, log_size=log_size,
-                     parts={name: part.state_dict() for name, part in self.parts().items()})
-        write_atomically(self.args.output / STATE, lambda file: torch.save(state, file))
+        save_plain(self.args.output / STATE, dict(
+            stage=self.name, args=plain(self.args), progress=progress, log_size=log_size,
+            parts={name: part.state_dict() for name, part in self.parts().items()}))
 
     def load(self, state):
         """Go on from what `save` wrote."""
-        for name, part in self.parts().items():
-            if name != "scaler" or state["parts"][name]:        # empty in a state that was not float16
-                part.load_state_dict(state["parts"][name])
-        for name, value in state["progress"].items():
-            setattr(self, name, value)
+        try:
+            for name, part in self.parts().items():
+                if name != "scaler" or state["parts"][name]:        # empty in a state that was not float16
+                    part.load_state_dict(state["parts"][name])
+            for optimizer, network in ((self.g_optimizer, self.generator), (self.d_optimizer, self.discriminator)):
+                for parameter in network.parameters():      # Adam's moments, which PyTorch does not check
+                    if any(moment.shape not in ((), parameter.shape) for moment in optimizer.state[parameter].values()):
+                        raise ValueError
+            for name, kind in PROGRESS.items():
+                if not isinstance(value := state["progress"][name], kind):
+                    raise TypeError
+                setattr(self, name, value)
+            if self.step < 0 or not all(isinstance(value, torch.Tensor) for value in self.sums.values()):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+            raise TrainingError(UNFIT.format(self.args.output / STATE)) from None
         if self.main_process and self.log.exists():     # lines of steps that will be taken again
             os.truncate(self.log, min(state["log_size"], self.log.stat().st_size))
+            read_log(self.log)
+
+
+def read_state(path):
+    """Read the state of an interrupted training. Raises TrainingError for what is none; `Stage.load` looks at the
+    networks in it."""
+    state = load_plain(path)
+    try:
+        if not isinstance(state, dict) or state["stage"] not in STAGES or type(state["log_size"]) is not int:
+            raise ValueError
+        if state["log_size"] < 0 or not all(isinstance(state[name], dict) for name in ("args", "parts", "progress")):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise TrainingError(UNFIT.format(path)) from None
+    return state
 
 
 def plain(args):
@@ -368,46 +445,45 @@ def main(args):
     if main_process:
         print(f"device: {device_name(device)}, {world} process{'es' * (world > 1)}, "
               f"{str(select_dtype(args.precision, device)).removeprefix('torch.')}", flush=True)
-    args.output.mkdir(parents=True, exist_ok=True)
     features = None
     if args.vgg_weights != "none":
         features = VGGFeatures(args.vgg_layer, args.vgg_weights).to(device, memory_format=torch.channels_last)
 
     # Setup state: where an interrupted training goes on, or nothing.
-    state = load_plain(args.output / STATE) if args.resume else None
+    state = read_state(args.output / STATE) if args.resume else None
     if state is None and main_process:
         set_aside(args.output / STATE)
         set_aside(args.output / "log.jsonl")
 
     # Train the stages that are wanted and not yet done:
-    for name in STAGES[STAGES.index(state["stage"]) if state else 0:]:
-        if name == "srgan" and args.gan_steps or name == "srresnet" and args.pretrain_steps:
-            stage = Stage(name, args, device, features)
-            if state and state["stage"] == name:
-                stage.load(state)
-            elif main_process:
-                stage.save()        # so that even the first steps can be resumed
-            with StopSignal() as stop:
+    with StopSignal() as stop:
+        for name in STAGES[STAGES.index(state["stage"]) if state else 0:]:
+            if name == "srgan" and args.gan_steps or name == "srresnet" and args.pretrain_steps:
+                stage = Stage(name, args, device, features)
+                if state and state["stage"] == name:
+                    stage.load(state)
+                elif main_process:
+                    stage.save()        # so that even the first steps can be resumed
                 run_stage(stage, stop)
-            stage = None            # its faces make room for the next stage's
-            if dist.is_initialized():
-                dist.barrier()      # the next stage reads what this one's main process writes
+                stage = None            # its faces make room for the next stage's
+                if dist.is_initialized():
+                    dist.barrier()      # the next stage reads what this one's main process writes
     if main_process:
         print(f"done: {args.output}")
 
 
 def run_stage(stage, stop):
     """Train a stage to its last step, validating and saving on the way, or until a signal."""
-    args, stopping = stage.args, 0
+    args = stage.args
     with tqdm(total=stage.steps * args.batch_size, initial=stage.step * args.batch_size, desc=stage.name,
               unit="image", disable=not stage.main_process, mininterval=1) as bar:
         while stage.step < stage.steps:
             stage.train_step()
             bar.update(args.batch_size)
-            last = stage.step == stage.steps
+            last, stopping = stage.step == stage.steps, 0
             if stage.step % LOG_EVERY == 0:
                 bar.set_postfix({name: f"{value:.3g}" for name, value in stage.losses().items()})
-            if stage.step % LOG_EVERY == 0 or not dist.is_initialized():
+            if stage.step % LOG_EVERY == 0 or last or not dist.is_initialized():
                 stopping = stop.agreed(stage.device)
             if stage.main_process:
                 if args.keep_every and stage.step % args.keep_every == 0:
@@ -417,11 +493,21 @@ def run_stage(stage, stop):
                     stage.save()
                 elif stopping or stage.step % args.save_every == 0:
                     stage.save()
+            if last:            # a signal may have come while it was validated
+                stopping = stop.agreed(stage.device)
             if stopping:
                 if stage.main_process:
                     tqdm.write(f"interrupted at step {stage.step} of {stage.name}; the state is saved, "
                                f"go on with --output {args.output} --resume")
                 sys.exit(128 + stopping)
+
+
+def fits(action, value):
+    """Tell whether a value from a state is one that its flag could have given."""
+    kind = bool if action.nargs == 0 else (int, float) if action.type is float else action.type or str
+    values = value if action.nargs == "+" and isinstance(value, list) else [value]
+    return value is None or not action.choices and all(isinstance(item, (kind, str) if kind is Path else kind)
+                                                       for item in values) or value in (action.choices or ())
 
 
 def parse_arguments(argv=None):
@@ -471,6 +557,7 @@ def parse_arguments(argv=None):
     add("--vgg-weight", type=float, default=0.02, help="of the relative VGG distance in SRGAN [%(default)s]")
     add("--adversarial-weight", type=float, default=1e-3, help="of the adversarial loss in SRGAN [%(default)s]")
     add("--tv-weight", type=float, default=0.0, help="of the total variation, in both stages [%(default)s]")
+    add("--lattice-weight", type=float, default=40.0, help="of the regular pattern in SRGAN [%(default)s]")
     add("--vgg-layer", default="conv5_4", choices=list(VGG_LAYERS), help="features of the VGG distance [%(default)s]")
     add("--vgg-weights", metavar="FILE", help="VGG19 state dict (default: torchvision's, downloaded "
         "once; none: train without the VGG term)")
@@ -483,25 +570,28 @@ def parse_arguments(argv=None):
         args.output = args.output or Path("checkpoints")
         if not (args.output / STATE).exists():
             raise TrainingError(f"{args.output} holds no {STATE}, so there is nothing to --resume")
-        stored = load_plain(args.output / STATE)["args"] | {"output": args.output, "resume": True}
+        stored = read_state(args.output / STATE)["args"] | {"output": args.output, "resume": True}
+        known = {action.dest: action for action in parser._actions}
+        if not all(name in known and fits(known[name], value) for name, value in stored.items()):
+            raise TrainingError(UNFIT.format(args.output / STATE))
         parser.set_defaults(**stored)
     elif args.dry_run:
         parser.set_defaults(blocks=2, channels=16, patch_size=32, batch_size=4, pretrain_steps=4,
                             gan_steps=4, val_every=2, vgg_weights="none")
     args = parser.parse_args(argv)
     for name in ("scale", "blocks", "channels", "no_bicubic_residual") if stored else ():
-        if getattr(args, name) != stored[name]:
+        if getattr(args, name) != stored.get(name):
             raise TrainingError(f"--{name.replace('_', '-')} is {stored[name]} in the training to resume")
     if not (args.train_dir or args.dry_run):
         raise TrainingError("--train-dir is needed: one or more folders of faces")
-    for name in ("val_every", "save_every", "keep_every", "blocks", "channels", "batch_size", "lr", "gan_lr",
-                 "discriminator_lr"):
-        if (value := getattr(args, name)) is not None and not value > 0:
-            raise TrainingError(f"--{name.replace('_', '-')} must be above 0")
-    if min(args.pretrain_steps, args.gan_steps) < 0 or not args.pretrain_steps + args.gan_steps:
-        raise TrainingError("--pretrain-steps and --gan-steps must not be negative, nor both 0")
-    if args.patch_size % args.scale or not 20 <= args.patch_size <= FACE_SIZE:
-        raise TrainingError(f"--patch-size must be a multiple of {args.scale} from 20 to {FACE_SIZE}")
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(args, name)
+        if value is not None and not (isinstance(value, (int, float)) and least <= value <= most):
+            raise TrainingError(f"--{name.replace('_', '-')} must be from {least:g} to {most:g}")
+    if not args.pretrain_steps + args.gan_steps:
+        raise TrainingError("--pretrain-steps and --gan-steps must not both be 0")
+    if args.patch_size % args.scale:
+        raise TrainingError(f"--patch-size must be a multiple of {args.scale}")
     if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         raise TrainingError("--batch-size must be a multiple of the number of processes")
     return args
@@ -516,14 +606,22 @@ def run(argv=None):
                 draw_faces(folder)
                 args.train_dir = [folder]
             args.output = args.output or (Path(folder, "output") if args.dry_run else Path("checkpoints"))
-            main(args)
+            args.output.mkdir(parents=True, exist_ok=True)
+            with locked(args.output) if int(os.environ.get("RANK", 0)) == 0 else nullcontext(True) as mine:
+                if not mine:
+                    raise TrainingError(f"{args.output}: another training is writing there; give another --output")
+                main(args)
     except KeyboardInterrupt:
         sys.exit(130)
     except (CheckpointError, DataError, DeviceError, LossError, TrainingError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError:
         sys.exit(f"train.py: {CUDA_FULL}")
+    except MemoryError:
+        sys.exit("train.py: the memory is full; try a smaller --batch-size or fewer --channels")
     except Exception as error:      # compilers fail in a dozen ways, none of which has a base class of its own
+        if "can't allocate memory" in str(error):
+            sys.exit("train.py: the memory is full; try a smaller --batch-size or fewer --channels")
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch", "triton")):
             raise
         sys.exit(f"train.py: the networks cannot be compiled ({str(error).strip().splitlines()[0]}); "

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from data_loader import draw_faces, find_images, resize_square, sample_faces  # noqa: E402
+from data_loader import find_images, resize_square, sample_faces  # noqa: E402
 from inference import CHECKPOINT, upscale  # noqa: E402
 from loss import VGG_LAYERS, GeneratorLoss, VGGFeatures, discriminator_loss  # noqa: E402
 from model import (  # noqa: E402
@@ -229,7 +229,7 @@ class TextbookTraining:
 
 def measure_training(args, device, folder):
     """Images per second of each stage at the default settings, its arithmetic, and the share of the data."""
-    draw_faces(folder, 64)
+    train.draw_faces(folder, 64)
     vgg = folder / "vgg.pth"        # random: they take as long as the real ones
     with torch.device("meta"):
         from torchvision.models import vgg19

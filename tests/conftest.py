@@ -10,8 +10,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data_loader import draw_faces  # noqa: E402
 from model import Generator, save_checkpoint  # noqa: E402
+from train import draw_faces  # noqa: E402
 
 
 @pytest.fixture(scope="session")

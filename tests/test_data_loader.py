@@ -1,3 +1,9 @@
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -14,11 +20,11 @@ from data_loader import (
     Prefetch,
     degrade,
     downscale,
-    draw_faces,
     find_images,
+    is_result,
     jpeg,
     load_faces,
-    place_faces,
+    printable,
     read_image,
     resize,
     simulate,
@@ -26,6 +32,7 @@ from data_loader import (
     to_tensor,
     to_uint8,
 )
+from train import draw_faces, place_faces
 
 
 def write(path, picture, **options):
@@ -148,6 +155,75 @@ def test_damaged_file_is_named_once_and_left_out(tmp_path, faces, capsys):
     assert errors.count("00001.png") == 1 and errors.count("text.png") == 1
     with pytest.raises(DataError):
         load_faces([tmp_path / "text.png"], progress=False)
+
+
+def test_no_other_program_and_no_other_format_is_started(tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: pytest.fail("another program was started"))
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("another program was started"))
+    (tmp_path / "face.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    Image.new("RGB", (9, 9)).save(tmp_path / "other.ppm")
+    (tmp_path / "other.ppm").rename(tmp_path / "other.png")
+    for path in find_images(tmp_path):
+        with pytest.raises(DataError, match="not a picture"):
+            read_image(path)
+        assert not is_result(path)
+
+
+def test_pillow_never_speaks_itself(tmp_path):
+    """What is odd or too large in a picture is our one sentence, or nothing; never a warning of a library."""
+    nan = np.full((9, 9), np.nan, np.float32)
+    nan[0, 0] = 1
+    Image.fromarray(nan).save(tmp_path / "nan.tif")
+    Image.new("L", (9500, 9480)).save(tmp_path / "large.png")
+    Image.new("L", (9400, 9500)).save(tmp_path / "warned.png")
+    write(tmp_path / "exif.jpg", gradient(20, 30), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    code = (f"import sys; sys.path.insert(0, {str(Path(data_loader.__file__).parent)!r}); import data_loader as d\n"
+            "for path in d.find_images('.'):\n    try: print(path, d.is_result(path), d.read_image(path)[0][0, 0])\n"
+            "    except d.DataError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == "" and done.returncode == 0
+    exif, large, nan, warned = done.stdout.splitlines()
+    assert exif.startswith("exif.jpg False [") and large == "large.png: larger than 90,000,000 pixels"
+    assert nan == "nan.tif False [255 255 255]" and warned == "warned.png False [0 0 0]"
+
+
+def test_names_that_are_not_utf8_or_as_long_as_can_be(tmp_path):
+    draw_faces(tmp_path, 2)
+    odd, long = os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.png"), tmp_path / f"{'n' * 251}.png"
+    os.rename(tmp_path / "00000.png", odd)
+    (tmp_path / "00001.png").rename(long)
+    train_files, val_files = split_files([tmp_path])
+    assert len(load_faces(train_files + val_files, progress=False)) == 2
+    assert printable(Path(odd).name) == "b\ufffd.png" and printable("=1+1.png") == "./=1+1.png"
+    data_loader.write_png(long, gradient(9, 9))
+    assert is_result(long)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    draw_faces(tmp_path, 1)
+    (tmp_path / "secret").mkdir()
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert [path.name for path in find_images(tmp_path)] == ["00000.png"]
+    assert "secret: Permission denied" in capsys.readouterr().err
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    old, new = tmp_path / ".9-aa.face-srgan.tmp", tmp_path / ".8-bb.face-srgan.tmp"
+    mine = tmp_path / ".mine.tmp"
+    for path in (old, new, mine):
+        path.touch()
+    for path in (old, mine):
+        os.utime(path, (1, 1))
+    data_loader.write_png(tmp_path / "a.png", gradient(9, 9))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, mine.name, "a.png"]
 
 
 def test_read_image_understands_every_sort(tmp_path):

@@ -1,4 +1,5 @@
 import csv
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import inference
+import model
 from data_loader import enlarge, find_images, read_image, sample_faces, simulate
 from inference import CHECKPOINT, upscale
 from loss import psnr
@@ -306,7 +308,7 @@ def test_batches_and_tiles_change_nothing(shipped, monkeypatch, faces):
     pictures = [read_image(path)[0][:96, :112] for path in find_images(faces)[:3]]
     whole = upscale(shipped, pictures).astype(int)
     single = np.concatenate([upscale(shipped, [picture]) for picture in pictures])
-    monkeypatch.setattr(inference, "TILE", 40)
+    monkeypatch.setattr(model, "TILE", 40)
     tiled = upscale(shipped, pictures)
     for other in (single, tiled):
         assert np.abs(whole - other).max() <= 1
@@ -319,7 +321,7 @@ def test_large_picture_is_never_whole_in_the_network(tiny_checkpoint):
         lambda module, inputs, output: seen.append(inputs[0].shape[2] * inputs[0].shape[3])
     )
     assert upscale(generator, [noise(400, 1000)]).shape == (1, 1600, 4000, 3)
-    assert max(seen) <= (inference.TILE + 2 * inference.OVERLAP) ** 2 and len(seen) == 6
+    assert max(seen) <= (model.TILE + 2 * model.OVERLAP) ** 2 and len(seen) == 8
 
 
 def test_many_sizes_in_any_order_all_arrive(run, tmp_path):
@@ -343,12 +345,93 @@ def test_usage_errors_are_one_sentence_and_status_2(run, tmp_path, capsys):
         (tmp_path / "a.png", "--hr", tmp_path / "absent"),
         (tmp_path / "a.png", "--checkpoint", tmp_path / "text.pth"),
         (tmp_path / "a.png", "--batch-size", 0),
+        (tmp_path / "a.png", "--batch-size", "9" * 40),
+        (tmp_path / "a.png", "--seed", "9" * 40),
+        (tmp_path / "a.png", "--strength", "nan"),
         (tmp_path / "a.png", "--strength", 1.5),
         ("--hr", tmp_path),
     ]
     for call in calls:
         assert inference.run([*map(str, call), "--output", str(tmp_path / "out")]) == 2, call
         assert len(capsys.readouterr().err.strip().splitlines()) == 1, call
+
+
+def test_a_picture_too_large_does_not_harm_the_others(run, tmp_path, capsys, monkeypatch):
+    """Before, it ended the run; so did one for which the memory was too small."""
+    save(tmp_path / "in" / "a.png", noise(8, 8))
+    Image.new("L", (9459, 9459)).save(tmp_path / "in" / "huge.png")
+    save(tmp_path / "in" / "z.png", noise(8, 8))
+    assert run(tmp_path / "in") == 1
+    error = capsys.readouterr().err
+    assert "huge.png: 9459x9459 pixels" in error and "--photo" in error and len(error.strip().splitlines()) == 1
+    assert results(tmp_path / "out") == {"a.png", "z.png"}
+
+    def full(path):
+        if path.name == "a.png":
+            raise MemoryError
+        return read_image(path)
+
+    monkeypatch.setattr(inference, "read_image", full)
+    assert run(tmp_path / "in", output=tmp_path / "again") == 1
+    assert "a.png: not enough memory" in capsys.readouterr().err
+    assert results(tmp_path / "again") == {"z.png"}
+
+
+def test_memory_for_a_large_picture(tiny_checkpoint, tmp_path):
+    """At most 1 GB and 8 bytes for a pixel of the result; before, 16 and more."""
+    Image.effect_noise((3000, 3000), 60).convert("RGB").save(tmp_path / "large.jpg")
+    code = (f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); import inference\n"
+            f"status = inference.run(['large.jpg', '--checkpoint', {str(tiny_checkpoint)!r}, '--device', 'cpu'])\n"
+            "print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    status, most = map(int, done.stdout.split()[-2:])
+    assert status == 0 and most * 1024 < 1e9 + 8 * 12000**2, most
+    assert read_image_size(tmp_path / "results" / "large.png") == (12000, 12000)
+
+
+def read_image_size(path):
+    """Of a picture too large for Pillow's patience."""
+    return tuple(int.from_bytes(path.read_bytes()[16 + 4 * i:20 + 4 * i]) for i in range(2))
+
+
+def test_names_that_are_not_utf8(tmp_path, tiny_checkpoint):
+    """In the table and the figure, and on a screen that knows Latin-1 only."""
+    save(tmp_path / "in" / "b.png", noise(32, 32))
+    os.rename(tmp_path / "in" / "b.png", os.fsencode(tmp_path) + b"/in/b\xff\xe9.png")
+    save(tmp_path / "in" / "顔.png", noise(32, 32))
+    call = [sys.executable, ROOT / "inference.py", "in", "--simulate", "--checkpoint", tiny_checkpoint, "--device", "cpu"]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert os.path.exists(os.fsencode(tmp_path) + b"/results/b\xff\xe9.png")
+    names = [line.split(",")[0] for line in (tmp_path / "results" / "metrics.csv").read_text("utf-8").splitlines()[1:]]
+    assert sorted(names) == ["b\ufffd\ufffd", "顔"] and (tmp_path / "results" / "comparison.png").exists()
+
+
+def test_damaged_ground_truth_costs_the_score_alone(run, tmp_path, capsys):
+    save(tmp_path / "lr" / "a.png", noise(8, 8))
+    save(tmp_path / "hr" / "a.png", noise(32, 32))
+    (tmp_path / "hr" / "a.png").write_bytes((tmp_path / "hr" / "a.png").read_bytes()[:200])
+    assert run(tmp_path / "lr", "--hr", tmp_path / "hr") == 1
+    assert "upscaled, not scored" in capsys.readouterr().err and results(tmp_path / "out") == {"a.png"}
+
+
+def test_nothing_done_is_status_2_and_names_no_figure(run, tmp_path, capsys):
+    (tmp_path / "a.png").write_text("hello")
+    assert run(tmp_path / "a.png") == 2
+    assert "compare" not in capsys.readouterr().out and not (tmp_path / "out" / "comparison.png").exists()
+
+
+def test_a_figure_that_cannot_be_written_hides_no_summary(run, tmp_path, capsys, monkeypatch):
+    save(tmp_path / "a.png", noise(8, 8))
+
+    def full(path, rows):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(inference, "plot_comparison", full)
+    assert run(tmp_path / "a.png") == 1
+    output = capsys.readouterr()
+    assert "1 picture upscaled" in output.out and "compare" not in output.out
+    assert output.err.strip().endswith("comparison.png: cannot be written (No space left on device)")
 
 
 def test_output_that_cannot_be_written_is_named(run, tmp_path, capsys):

@@ -24,7 +24,7 @@ import inference
 from data_loader import find_images, read_image
 from inference import CHECKPOINT
 from loss import read_ratings, study_order
-from model import Generator, save_checkpoint
+from model import Generator, locked, save_checkpoint
 
 ROOT = Path(inference.__file__).parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -184,6 +184,27 @@ def test_files_of_the_machine_are_out_of_reach(app, client):
     answer = httpx.get(f"{app.url}gradio_api/call/upscale/{event}", timeout=20).text
     assert "event: error" in answer and "pixels" not in answer
     assert httpx.get(f"{app.url}gradio_api/file={path}").status_code == 403
+    # Without "meta", Gradio does not look where the file lies.
+    secret = save(app.folder / "secret.png")
+    for path in (str(secret), "/dev/ptmx", "/etc/shadow", str(app.folder / "absent.png")):
+        for name, data in {"upscale": [{"path": path}, 1.0, False, False, True],
+                           "folder": [[{"path": path}], 1.0]}.items():
+            event = httpx.post(f"{app.url}gradio_api/call/{name}", json={"data": data}).json()["event_id"]
+            answer = httpx.get(f"{app.url}gradio_api/call/{name}/{event}", timeout=20).text
+            assert "12 x 10" not in answer and "1 enlarged" not in answer, (name, path)
+            assert "not a picture" not in answer and "denied" not in answer and "deleted by now" not in answer
+
+
+def test_strength_is_a_number_from_0_to_1(app, client, tmp_path):
+    """Python's JSON knows NaN, and so does the server's."""
+    path = save(tmp_path / "a.png")
+    upload = httpx.post(f"{app.url}gradio_api/upload", files={"files": path.read_bytes()}).json()[0]
+    body = '{"data": [{"path": "%s"}, NaN, false, false, false]}' % upload
+    event = httpx.post(f"{app.url}gradio_api/call/upscale", content=body,
+                       headers={"content-type": "application/json"}).json()["event_id"]
+    answer = httpx.get(f"{app.url}gradio_api/call/upscale/{event}", timeout=20).text
+    assert "48 x 40" not in answer
+    assert upscale(client, path).ours is not None
 
 
 def test_sixteen_people_at_once(app, tmp_path):
@@ -322,20 +343,49 @@ def test_nothing_is_left_when_it_ends(app, client, tmp_path):
     assert list((app.folder / "tmp").glob("face-srgan-*")) == []
 
 
-def test_uploads_are_deleted_and_samples_stay(tmp_path, monkeypatch):
-    """What Gradio does every minute, done by hand: all files that went through a component are old now."""
+def test_uploads_are_deleted_under_load_and_samples_stay(tmp_path, monkeypatch):
+    """700 files of 8 clients come while old ones go; what was there at the start stays."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    from gradio.route_utils import delete_files_created_by_app
+    workshop = inference.Workshop(inference.parse_arguments(["--device", "cpu"]), tmp_path)
+    inference.build_app(workshop, None)
+    samples = {str(path) for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(samples) >= 4
 
-    arguments = inference.parse_arguments(["--device", "cpu"])
-    app = inference.build_app(inference.Workshop(arguments, tmp_path), None)
-    assert app.delete_cache == (60, 600)
-    samples, upload = sorted(tmp_path.glob("*.png")), save(tmp_path / "upload.png")
-    assert len(samples) == 4
-    for block in app.blocks.values():
-        block.temp_files |= {str(path) for path in (*samples, upload)}
-    delete_files_created_by_app(app, None)
-    assert sorted(tmp_path.glob("*.png")) == samples
+    def upload(number):
+        path = tmp_path / f"{number}" / "upload.png"
+        path.parent.mkdir()
+        save(path)
+        os.utime(path, (1, 1))
+        workshop.sweep(samples)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(upload, range(700)))
+    fresh = save(tmp_path / "fresh.png")
+    workshop.sweep(samples)
+    assert {str(path) for path in tmp_path.rglob("*") if path.is_file()} == samples | {str(fresh)}
+
+
+def test_folders_of_killed_processes_are_removed_at_the_next_start(app_flags, tmp_path):
+    first, second = (tmp_path / "tmp" / f"face-srgan-{name}" for name in ("dead", "alive"))
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+        (folder / "upload.png").touch()
+    with locked(second):
+        process = subprocess.Popen([sys.executable, ROOT / "inference.py", *app_flags], stdout=subprocess.PIPE, text=True,
+                                   env=os.environ | {"BROWSER": "true", "TMPDIR": str(tmp_path / "tmp")})
+        assert "Face SRGAN is at" in process.stdout.readline()
+        assert not first.exists() and (second / "upload.png").exists()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 130
+    assert [path.name for path in (tmp_path / "tmp").glob("face-srgan-*")] == [second.name]
+
+
+@pytest.fixture
+def app_flags(tiny_checkpoint):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ["--ui", "--port", str(port), "--checkpoint", str(tiny_checkpoint), "--device", "cpu"]
 
 
 def test_mistakes_are_one_sentence_and_status_2(tmp_path, capsys, monkeypatch, faces):

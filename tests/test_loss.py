@@ -11,6 +11,7 @@ from loss import (
     VGGFeatures,
     adversarial_loss,
     discriminator_loss,
+    lattice_loss,
     luma,
     psnr,
     score,
@@ -20,12 +21,12 @@ from loss import (
 from model import Discriminator, Generator
 
 
-@pytest.mark.parametrize("term", ["pixel", "vgg", "adversarial", "tv"])
+@pytest.mark.parametrize("term", ["pixel", "vgg", "adversarial", "tv", "lattice"])
 def test_every_term_moves_every_part_of_the_generator(term, vgg_file):
     torch.manual_seed(0)
     generator, discriminator = Generator(blocks=2, channels=8), Discriminator(channels=8)
     features = VGGFeatures("conv2_2", vgg_file)
-    weights = dict(pixel=0.0, vgg=0.0, adversarial=0.0, tv=0.0) | {term: 1.0}
+    weights = dict(pixel=0.0, vgg=0.0, adversarial=0.0, tv=0.0, lattice=0.0) | {term: 1.0}
     criterion = GeneratorLoss(**weights, features=features)
     sr = generator(torch.rand(2, 3, 8, 8))
     total, terms = criterion(sr, torch.rand(2, 3, 32, 32), discriminator(sr))
@@ -107,6 +108,20 @@ def test_unusable_vgg_weights_are_one_sentence(vgg_file, tmp_path, monkeypatch):
             VGGFeatures(layer, weights)
         assert "\n" not in str(error.value)
         assert "--vgg-weights" in str(error.value) or "--vgg-layer" in str(error.value)
+
+
+def test_lattice_loss_sees_the_pattern_and_no_texture():
+    """A dot at every fourth pixel counts far more than in the squared error, noise as strong far less."""
+    hr = torch.rand(2, 3, 92, 92, generator=torch.Generator().manual_seed(0))
+    lattice, noise = torch.zeros_like(hr), torch.randn(hr.shape, generator=torch.Generator().manual_seed(1))
+    lattice[..., 1::4, 2::4] = 0.04
+    noise *= lattice.square().mean().sqrt()
+    assert lattice_loss(hr, hr) == 0
+    # 0.04 at one place of 16, less the mean of 0.0025: by hand.
+    assert lattice_loss(hr + lattice, hr).item() == pytest.approx((0.0375**2 + 15 * 0.0025**2) / 16, rel=1e-3)
+    assert lattice_loss(hr + noise, hr) < 0.05 * lattice_loss(hr + lattice, hr)
+    assert lattice_loss(hr + 0.1, hr) < 1e-9            # a change of colour is no pattern
+    assert lattice_loss(hr + lattice, hr, period=8) > 0.5 * lattice_loss(hr + lattice, hr)
 
 
 def test_total_variation():

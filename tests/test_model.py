@@ -1,5 +1,6 @@
 import errno
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from model import (
     bicubic,
     interpolate,
     load_checkpoint,
+    checksum,
     save_checkpoint,
     select_device,
     select_dtype,
@@ -200,11 +202,31 @@ def test_bad_checkpoints_are_refused_in_one_sentence(tmp_path, tiny_checkpoint):
         "word": {"channels": "many"},
         "other": {"channels": 16},
         "extra": {"code": 1},
+        "nested": {"bicubic_residual": [[1]]},
+        "wide": {"blocks": 256, "channels": 1024},
     }.items():
         torch.save(good | {"architecture": good["architecture"] | change}, tmp_path / f"{name}.pth")
     torch.save(good | {"weights": dict(list(good["weights"].items())[1:])}, tmp_path / "partial.pth")
+    wide = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in good["weights"].items()}
+    torch.save(good | {"weights": wide}, tmp_path / "expanded.pth")
+    one = torch.zeros(10**6)
+    shared = {name: one[:tensor.numel()].view(tensor.shape) for name, tensor in good["weights"].items()}
+    torch.save(good | {"weights": shared}, tmp_path / "shared.pth")
+    for name, change in {"nan": float("nan"), "infinite": float("inf"), "flipped": 1.0}.items():
+        weights = {key: tensor.clone() for key, tensor in good["weights"].items()}
+        weights["tail.weight"][0, 0, 0, 0] = change
+        torch.save(good | {"weights": weights} | ({} if name == "flipped" else {"checksum": checksum(weights)}),
+                   tmp_path / f"{name}.pth")
+    weights = {key: tensor.clone() for key, tensor in good["weights"].items()}
+    weights["body.0.1.running_var"][0] = -1
+    torch.save(good | {"weights": weights, "checksum": checksum(weights)}, tmp_path / "variance.pth")
+    os.mkfifo(tmp_path / "pipe.pth")
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb, bomb.open(
+            "archive/data.pkl", "w", force_zip64=True) as part:
+        for _ in range(201):
+            part.write(bytes(10**7))
     paths = [*tmp_path.glob("*.pth"), tmp_path / "missing.pth", tmp_path]
-    assert len(paths) == 14
+    assert len(paths) == 24
     for path in paths:
         with pytest.raises(CheckpointError) as error:
             load_checkpoint(path)

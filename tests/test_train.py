@@ -1,4 +1,5 @@
 import errno
+import functools
 import json
 import os
 import signal
@@ -12,7 +13,6 @@ import torch
 import torch.multiprocessing as mp
 
 import train
-from data_loader import draw_faces
 from model import Discriminator, Generator, load_checkpoint, load_plain
 
 ROOT = Path(train.__file__).parent
@@ -130,7 +130,7 @@ def test_killed_and_resumed_equals_uninterrupted(flags, tmp_path):
 
 def test_training_learns(faces, tmp_path):
     """A few seconds of SRResNet must beat bicubic on faces it has not seen; the log says so."""
-    draw_faces(tmp_path, 60)
+    train.draw_faces(tmp_path, 60)
     train.run(
         [
             "--train-dir",
@@ -255,7 +255,8 @@ def test_both_networks_learn_in_a_gan_step(stage):
         for key, parameter in network.named_parameters():
             assert not torch.equal(parameter, old[key]), (name, key)
             assert parameter.requires_grad
-    assert set(srgan.losses()) == {"pixel", "vgg", "adversarial", "tv", "discriminator", "d_real", "d_fake"}
+    assert set(srgan.losses()) == {"pixel", "vgg", "adversarial", "tv", "lattice", "discriminator", "d_real",
+                                   "d_fake"}
 
 
 def test_the_losses_look_at_shifted_windows(stage, monkeypatch):
@@ -330,7 +331,8 @@ def test_a_saturated_discriminator_is_reported(stage, capsys):
     assert "warning: the discriminator is saturated" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(flags, tmp_path):
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(flags, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.BOUNDS, "lr", (0, 1e30))
     with pytest.raises(SystemExit) as stop:
         train.run([*flags, "--pretrain-steps", "200", "--lr", "1e30", "--save-every", "1"])
     assert "loss is not finite at step" in str(stop.value) and "\n" not in str(stop.value)
@@ -354,6 +356,98 @@ def test_full_disk_keeps_the_last_state(flags, tmp_path, monkeypatch):
     assert "No space left" in str(stop.value)
     assert load_plain(tmp_path / "out" / train.STATE)["progress"]["step"] == 5
     assert not list((tmp_path / "out").glob("*.tmp")) and not list((tmp_path / "out").glob(".*.tmp"))
+
+
+def test_a_full_disk_is_one_sentence_that_names_the_file(flags, tmp_path):
+    """What torch.save makes of a file that cannot be written is a RuntimeError without the reason."""
+    call = [*flags, "--pretrain-steps", "2", "--gan-steps", "0"]
+    code = f"import resource, train; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); train.run({call})"
+    done = subprocess.run([sys.executable, "-c", f"import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); {code}"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "File too large" in done.stderr and train.STATE in done.stderr
+
+
+def test_states_that_do_not_fit_are_one_sentence(flags, tmp_path):
+    """Foreign and damaged ones, and a damaged log."""
+    out = tmp_path / "out"
+    train.run([*flags, "--pretrain-steps", "4", "--gan-steps", "0", "--val-every", "2"])
+    good, log = load_plain(out / train.STATE), (out / "log.jsonl").read_text()
+
+    def damaged(path, value):
+        """A copy of the good state with another value at a path of keys."""
+        state = torch.load(out / "good.pth", weights_only=True)
+        *keys, last = path.split("/")
+        functools.reduce(dict.get, keys, state)[last] = value
+        return state
+
+    torch.save(good, out / "good.pth")
+    states = [[1, 2], {}, {"stage": "srresnet"}, torch.zeros(3), *(damaged(*change) for change in (
+        ("stage", "other"), ("stage", ["srresnet"]), ("args", 7), ("args/scale", 3), ("args/lr", "fast"),
+        ("args/blocks", [1]), ("args/train_dir", 5), ("args/unknown", 1), ("parts", []),
+        ("parts/generator", {}), ("parts/ema", 3), ("parts/g_optimizer", {"state": {}, "param_groups": []}),
+        ("progress", {}), ("progress/step", "many"), ("progress/step", -5), ("progress/sums", {"pixel": "x"}),
+        ("log_size", -1)))]
+    states.append(damaged("stage", "srresnet"))
+    moments = states[-1]["parts"]["g_optimizer"]["state"]
+    moments[0]["exp_avg"] = torch.zeros(5)
+    for number, state in enumerate(states):
+        torch.save(state, out / train.STATE)
+        with pytest.raises(SystemExit) as stop:
+            train.run(["--resume", "--output", str(out), "--pretrain-steps", "6"])
+        assert str(stop.value).startswith(f"train.py: {out / train.STATE}: not the state"), (number, stop.value)
+    torch.save(good, out / train.STATE)
+    first, *others = log.splitlines()
+    for line in ("{", "7", "{}", '{"stage": "srresnet", "train": 3}', first.replace('"psnr":', '"other":')):
+        (out / "log.jsonl").write_text("\n".join([line, *others]) + "\n" * 400)
+        with pytest.raises(SystemExit) as stop:
+            train.run(["--resume", "--output", str(out), "--pretrain-steps", "6"])
+        assert "log.jsonl: line 1 is damaged" in str(stop.value), line
+    (out / "log.jsonl").write_text(log)
+    train.run(["--resume", "--output", str(out), "--pretrain-steps", "6", "--val-every", "6"])
+    assert log_lines(out)[-1]["step"] == 6
+
+
+def test_one_training_a_folder(flags, tmp_path):
+    """The second is refused, until the first one's process is gone, however it went."""
+    out = tmp_path / "out"
+    process = start(*flags, "--pretrain-steps", "100000", "--gan-steps", "0")
+    wait_for(process, lambda: (out / train.STATE).exists())
+    with pytest.raises(SystemExit) as stop:
+        train.run([*flags, "--pretrain-steps", "1", "--gan-steps", "0"])
+    assert "another training" in str(stop.value)
+    process.kill()
+    process.communicate()
+    train.run([*flags, "--pretrain-steps", "1", "--gan-steps", "0"])
+    assert load_plain(out / train.STATE)["progress"]["step"] == 1
+
+
+def test_a_signal_during_the_last_validation_ends_the_training(flags, tmp_path, monkeypatch):
+    """It is not lost with the stage; --resume goes on with the next one."""
+    validate = train.Stage.validate
+
+    def interrupted(stage):
+        signal.raise_signal(signal.SIGTERM)
+        validate(stage)
+
+    monkeypatch.setattr(train.Stage, "validate", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train.run([*flags, "--pretrain-steps", "2", "--gan-steps", "2"])
+    assert stop.value.code == 128 + signal.SIGTERM
+    state = load_plain(tmp_path / "out" / train.STATE)
+    assert (state["stage"], state["progress"]["step"]) == ("srresnet", 2)
+    monkeypatch.setattr(train.Stage, "validate", validate)
+    train.run(["--resume", "--output", str(tmp_path / "out")])
+    assert load_plain(tmp_path / "out" / train.STATE)["stage"] == "srgan"
+
+
+def test_too_little_memory_is_one_sentence(flags, monkeypatch):
+    for error in (MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate "
+                                              "memory: you tried to allocate 4000000000000 bytes.")):
+        monkeypatch.setattr(train.Stage, "train_step", lambda stage, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(SystemExit) as stop:
+            train.run(flags)
+        assert stop.value.code.startswith("train.py: the memory is full") and "--batch-size" in stop.value.code
 
 
 def changes_of(stage):
@@ -515,6 +609,8 @@ def test_users_mistakes_are_one_sentence(flags, tmp_path):
     calls = [
         [],
         ["--train-dir", str(tmp_path / "empty"), "--output", str(tmp_path / "e")],
+        *([*flags, f"--{name.replace('_', '-')}", value] for name in train.BOUNDS for value in ("-1", "9" * 40)),
+        *([*flags, f"--{name}-weight", value] for name in ("vgg", "lattice") for value in ("nan", "inf")),
         [*flags, "--patch-size", "18"],
         [*flags, "--patch-size", "256"],
         [*flags, "--batch-size", "0"],
