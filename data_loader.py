@@ -97,25 +97,20 @@ def open_image(path):
         raise DataError(f"{path}: not a picture, or damaged") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if image.width * image.height > PIXELS:
-        image.close()
-        raise DataError(f"{path}: larger than {PIXELS:,} pixels")
-    return image
+    if image.width * image.height <= PIXELS:
+        return image
+    image.close()
+    raise DataError(f"{path}: larger than {PIXELS:,} pixels")
 
 
 def read_image(path):
-    """Read a picture of any sort: ((H, W, 3) uint8 RGB, (H, W) uint8 alpha or None).
-
-    EXIF rotation is applied, 16-bit values are scaled to 8 bits, of an animation the first frame
-    is read. Raises DataError with the reason when the file cannot be read.
-    """
+    """Read a picture of any sort: ((H, W, 3) uint8 RGB, (H, W) uint8 alpha or None). EXIF rotation is applied, 16-bit
+    values are scaled to 8 bits, of an animation the first frame is read. Raises DataError with the reason."""
     with open_image(path) as image:
         try:
             image.load()
-            try:
+            with contextlib.suppress(Exception):        # damaged EXIF of a sound picture
                 image = ImageOps.exif_transpose(image)
-            except Exception:               # damaged EXIF of a sound picture
-                pass
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
                 levels = np.nan_to_num(np.asarray(image, dtype=np.float64))
                 # 16 bits per sample; "F" (float TIFF) is taken as [0, 1] where it fits.
@@ -161,15 +156,6 @@ def remove_remains(folder):
         with contextlib.suppress(OSError):
             if path.stat().st_mtime < time.time() - 3600:
                 path.unlink()
-
-
-def set_aside(path):
-    """Rename a file of an earlier training to a free name beside it, so that nothing is lost."""
-    if path.exists():
-        free = next(name for n in range(1, 10**6)
-                    if not (name := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists())
-        path.rename(free)
-        print(f"{path} of an earlier training is kept as {free.name}")
 
 
 def write_png(path, picture):
@@ -497,11 +483,6 @@ def to_tensor(pictures):
 def to_uint8(batch):
     """Turn (N, 3, H, W) float, clamped to [0, 1], into (N, H, W, 3) uint8 NumPy pictures."""
     return batch.mul(255).round_().clamp_(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def quantise(batch):
-    """Round (N, 3, H, W) float to the 256 levels a picture file holds, in [0, 1]."""
-    return batch.mul(255).round_().clamp_(0, 255).div_(255)
 
 
 def _levels(values):

@@ -410,8 +410,7 @@ class Workshop:
         return FlipEnsemble(generator) if self.args.flip else generator
 
     def sweep(self, kept, age=KEPT * 60):
-        """Delete what lies in the folder, longer than `age` seconds, and is not among the paths `kept`. Gradio's own
-        deletion ends for good when an upload comes in between."""
+        """Delete what is older than `age` seconds and not among the paths `kept`; Gradio's own way dies under load."""
         for parent, _, files in os.walk(self.folder):
             for path in (os.path.join(parent, name) for name in files):
                 with contextlib.suppress(OSError):
@@ -431,8 +430,7 @@ class Workshop:
         return sr
 
     def read(self, path, output, shrink=False, whole=True):
-        """Read an upload as a Picture. Raises DataError with a sentence that names the file without its folder."""
-        # A request can name any file of the machine; what was uploaded or made here lies in our folder.
+        """Read an upload as a Picture; nothing else of this machine, whatever a request names. Raises DataError."""
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise DataError("This picture was not uploaded here")
         if not path.is_file():
@@ -617,8 +615,7 @@ def build_app(workshop, study):
 
 def serve(args):
     """Start the interface and stay until it is stopped; return the exit status."""
-    # Both are read when Gradio is imported or its components are made. What people upload is in a folder of
-    # our own, which is gone when we are.
+    # Read when Gradio is imported or its components are made. What people upload is in our own folder, and goes with it.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for remains in Path(tempfile.gettempdir()).glob("face-srgan-*"):        # of processes that were killed

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data_loader import (FACE_SIZE, DataError, FaceBatches, Prefetch, load_split, set_aside, simulate, to_tensor,
+from data_loader import (FACE_SIZE, DataError, FaceBatches, Prefetch, load_split, simulate, to_tensor,
                          write_atomically)
 from inference import Picture, upscale_pictures
 from loss import (VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, compare, discriminator_loss, plot_comparison,
@@ -55,7 +55,8 @@ VAL_FACES = 100     # validated on, spread over the validation set
 LOG_EVERY = 10      # steps between looks at the losses; each look waits for the GPU
 # Of the flags that are numbers: the least and the most that makes sense.
 BOUNDS = {"val_every": (1, 1e9), "save_every": (1, 1e9), "keep_every": (1, 1e9), "blocks": (1, 256),
-          "channels": (1, 1024), "pretrain_steps": (0, 1e9), "gan_steps": (0, 1e9), "batch_size": (1, 65536), "patch_size": (20, FACE_SIZE),
+          "channels": (1, 1024), "pretrain_steps": (0, 1e9), "gan_steps": (0, 1e9), "batch_size": (1, 65536),
+          "patch_size": (20, FACE_SIZE),
           "lr": (1e-12, 1), "gan_lr": (1e-12, 1), "discriminator_lr": (1e-12, 1), "seed": (0, 2**32)}
 BOUNDS |= dict.fromkeys(("pixel_weight", "vgg_weight", "adversarial_weight", "tv_weight", "lattice_weight"), (0, 1e9))
 
@@ -160,6 +161,15 @@ def place_faces(faces, device):
         if faces.nbytes >= torch.cuda.mem_get_info(device)[0] / 2:
             return faces
     return faces.to(device)
+
+
+def set_aside(path):
+    """Rename a file of an earlier training to a free name beside it, so that nothing is lost."""
+    if path.exists():
+        free = next(name for n in range(1, 10**6)
+                    if not (name := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists())
+        path.rename(free)
+        print(f"{path} of an earlier training is kept as {free.name}")
 
 
 class Stage:
