@@ -12,6 +12,7 @@
 The functions are the only code path for upscaling and scoring; train.py calls them too.
 """
 import argparse
+import asyncio
 import contextlib
 import functools
 import os
@@ -19,10 +20,9 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import zipfile
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,13 +33,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_loader import (DAMAGES, FACES, KERNELS, DataError, Face, choose_output, enlarge, find_faces, find_images,
-                         find_inputs, open_image, printable, read_image, resize_square, sample_faces, simulate,
-                         working_size, write_csv, write_png)
+from data_loader import (DAMAGES, FACES, KERNELS, DataError, choose_output, enlarge, find_images, find_inputs,
+                         open_image, printable, read_image, resize_square, sample_faces, simulate, write_csv, write_png)
 from loss import (STUDY_ABSENT, Study, build_study, compare, face_pairs, photo_rows, photo_table, plot_comparison,
                   plot_opinions, read_ratings, report, study_results)
-from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TILE, CheckpointError, DeviceError, FlipEnsemble,
-                   load_generators, locked, select_device, select_dtype, upscale)
+from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, SMALLEST, CheckpointError, DeviceError, FlipEnsemble,
+                   added_detail, enlargement, load_generators, locked, photo_sentence, restore_photos, select_device,
+                   select_dtype, upscale, upscale_pictures)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 STRENGTH = 1.0              # of the shipped weights; chosen on the validation faces
@@ -96,36 +96,20 @@ def read_pictures(args, files, scale, taken, failed):
                         failed(f"{error}; upscaled, not scored")
                         hr = None
             factor = enlargement(lr, args.enlarge) if args.photo else scale
-            if lr.shape[0] * lr.shape[1] * factor ** 2 > RESULT_LIMIT:
-                raise DataError(f"{path}: {lr.shape[1]}x{lr.shape[0]} pixels, too many to enlarge {factor} times: "
+            height, width = lr.shape[:2]
+            if height * width * factor ** 2 > RESULT_LIMIT:
+                raise DataError(f"{path}: {width}x{height} pixels, too many to enlarge {factor} times: "
                                 f"the result may have {RESULT_LIMIT:,}; " + (
                                     "use --enlarge 1" if args.photo else "use --photo for a photograph with faces"))
+            if not args.photo and height * width > 1e6:         # some 20 s and more on a CPU
+                tqdm.write(f"{path}: {width}x{height} pixels become {width * scale}x{height * scale}, which takes a "
+                           "while; --photo restores only the faces of a photograph, in seconds")
             output = choose_output(relative, args.output, taken)
             name = printable(output.relative_to(args.output).with_suffix(""))
             yield Picture(name, output, lr, alpha, hr)
         except (DataError, OSError, MemoryError) as error:
             reason = str(error) or "not enough memory"
             failed(reason if str(path) in reason else f"{path}: {reason}")
-
-
-def upscale_pictures(generator, pictures, batch_size):
-    """Yield (picture, sr), sr (sH, sW, 3) uint8, batching pictures of one size; large ones go
-    alone, and the order may differ."""
-    waiting = {}
-
-    def flush(shape):
-        group = waiting.pop(shape)
-        yield from zip(group, upscale(generator, [picture.lr for picture in group]))
-
-    for picture in pictures:
-        shape = picture.lr.shape
-        waiting.setdefault(shape, []).append(picture)
-        if len(waiting[shape]) >= min(batch_size, max(1, TILE ** 2 // (shape[0] * shape[1]))):
-            yield from flush(shape)
-        elif sum(map(len, waiting.values())) > 256:     # many sizes: do not hoard
-            yield from flush(max(waiting, key=lambda key: len(waiting[key])))
-    for shape in list(waiting):
-        yield from flush(shape)
 
 
 def write_result(picture, sr):
@@ -146,108 +130,6 @@ def write_results(results):
             while len(writing) > WRITERS or writing and sum(sr.size for _, sr, _ in writing) > 2**27:
                 yield writing.popleft()
         yield from writing
-
-
-def added_detail(faithful, lr, sr):
-    """Show what was invented: three times the difference of sr to the faithful network's result,
-    around gray, (H, W, 3) uint8."""
-    return ((sr.astype(np.int16) - upscale(faithful, [lr])[0]) * 3 + 128).clip(0, 255).astype(np.uint8)
-
-
-SMALLEST = 20               # pixels of a frame from which a face can be made
-DETAIL = 46                 # pixels: what shows more than fits in them is sharper than anything we give
-SOFT = 0.6                  # of its frame: a face that fits in less of it is blurred
-
-
-@dataclass
-class Patch:
-    """A face of a photograph on its way through the network."""
-    face: Face
-    top: int                            # its square, in pixels of the photograph
-    left: int
-    side: int
-    working_size: int
-    action: str                         # "restored", "sharp" (left alone) or "small" (too small)
-    lr: np.ndarray                      # upright, of the size that the network is given
-    sr: np.ndarray | None = None
-
-
-def find_patches(photo, factor):
-    """Find the faces of an (H, W, 3) uint8 photograph and decide what to do with each, if the result is `factor`
-    times as large: a list of Patch, from left to right.
-
-    A face whose pixels hold what they can goes through the network as it is, a blurred one is reduced first to
-    what it shows; turned by more than 45 degrees, it is turned by quarters, which loses nothing.
-    """
-    patches = []
-    for face in find_faces(photo):
-        top, left, side = face.square(*photo.shape[:2])
-        lr = np.rot90(photo[top:top + side, left:left + side], round(face.angle / 90))
-        size = working_size(lr)
-        soft = size < SOFT * side
-        action = "small" if side < SMALLEST else \
-            "sharp" if size > DETAIL or factor == 1 and not soft else "restored"
-        patches.append(Patch(face, top, left, side, size, action, resize_square(lr, size) if soft else lr))
-    return patches
-
-
-def lay(patch, canvas, factor):
-    """Lay a restored face over its place in the enlarged photograph, fading into it at the edge of its square."""
-    side = patch.side * factor
-    sr = np.rot90(resize_square(patch.sr, side), -round(patch.face.angle / 90))
-    ramp = np.clip((np.arange(side) + 0.5) / side * 6, 0, 1)
-    ramp = np.square(np.sin(np.minimum(ramp, ramp[::-1]) * np.pi / 2))      # over a sixth of the side
-    place = canvas[patch.top * factor:, patch.left * factor:][:side, :side]
-    mask = np.minimum.outer(ramp, ramp)[..., None].astype(np.float32)
-    place[:] = np.rint(place + mask * (sr - place.astype(np.float32)))
-
-
-def enlargement(photo, factor=None):
-    """How many times a photograph is enlarged: by default what gives a handy size."""
-    size = photo.shape[0] * photo.shape[1]
-    return factor or (4 if size <= 1e6 else 2 if size <= 4e6 else 1)
-
-
-def restore_photos(generator, photos, batch_size, factor=None, background=None):
-    """Yield (picture, sr) for each Picture of a photograph, in order; sr (NH, NW, 3) uint8, picture.patches its faces.
-
-    `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
-    rest is enlarged: by default with the network, where that is quick. Faces go through it in batches, those of
-    several photographs together.
-    """
-    def restore(group):
-        patches = [patch for _, _, faces in group for patch in faces if patch.action == "restored"]
-        for patch, patch.sr in upscale_pictures(generator, patches, batch_size):
-            pass
-        for picture, number, picture.patches in group:
-            megapixels = picture.lr.shape[0] * picture.lr.shape[1] / 1e6
-            way = background or ("network" if megapixels <= 0.5 else "bicubic")
-            canvas = upscale(generator, [picture.lr])[0] if way == "network" and number == generator.scale else \
-                enlarge(picture.lr, number)
-            for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
-                if patch.sr is not None:
-                    lay(patch, canvas, number)
-            yield picture, canvas
-
-    group, pixels = [], 0
-    for picture in photos:
-        size = picture.lr.shape[0] * picture.lr.shape[1]
-        number = enlargement(picture.lr, factor)
-        group.append((picture, number, find_patches(picture.lr, number)))
-        pixels += size
-        if pixels > 4e6 or sum(len(patches) for _, _, patches in group) >= batch_size:
-            yield from restore(group)
-            group, pixels = [], 0
-    yield from restore(group)
-
-
-def photo_sentence(patches):
-    """Say what was done with the faces of a photograph."""
-    numbers = Counter(patch.action for patch in patches)
-    parts = [f"{numbers['restored']} restored"]
-    parts += [f"{numbers['sharp']} left as they are (sharp already)"] * bool(numbers["sharp"])
-    parts += [f"{numbers['small']} too small (under {SMALLEST} pixels)"] * bool(numbers["small"])
-    return f"{len(patches)} face{'s' * (len(patches) != 1)}, {', '.join(parts)}" if patches else "no face found"
 
 
 def main(args):
@@ -330,14 +212,16 @@ PHOTO_LIMIT = 16_000_000    # pixels of a photograph, of which only the faces do
 FACE_AT_MOST = 64           # pixels a side: what is larger is a photograph
 SCREEN = 2048               # pixels a side of what the slider shows
 FILES = 200                 # pictures at a time in the Folder tab
+WAITING = 32                # pictures of one address at a time
 KEPT = 10                   # minutes until an uploaded picture and its result are deleted
 
 INTRODUCTION = """# Face SRGAN
 Give a small picture of a face, see it large and sharp; or a photograph, whose faces are found. **What is
-added is invented**: one of many faces that fit. It is no evidence of who somebody is and must never be used to
-identify anyone."""
+added is invented**: one of many faces that fit, no evidence of who somebody is. Never identify anyone by it."""
+EXAMPLE = "An example: an astronaut from 32 x 32 pixels. Give a picture of your own to see it here instead."
+DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
 WORDS = """
-- **Bicubic**: the ordinary way to enlarge a picture. It invents nothing and looks blurred.
+- **Blurry enlargement**: the ordinary way to enlarge a picture (bicubic). It invents nothing.
 - **Strength**: 0 is the faithful network (SRResNet): soft, closest to the truth on average. 1 is the vivid one
   (SRGAN): sharp, because it invents what faces usually look like. Between them, the two are mixed.
 - **Shrink it first**: makes a sharp picture small, then enlarges it: the result can be held against the truth.
@@ -349,33 +233,67 @@ PRIVACY = f"""Your pictures stay on the computer that runs this page, in a tempo
 # Nothing on the page may ask another host for anything, whatever Gradio's templates refer to.
 POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 STYLE = """
-:root {--block-info-text-color: #52525b} .dark {--block-info-text-color: #a1a1aa}
-#photo img, #compare img, .pixels img {image-rendering: pixelated}
+:root, .dark {--button-primary-background-fill: #9a3412; --button-primary-background-fill-hover: #7c2d12;
+    --primary-600: #9a3412; --block-info-text-color: #52525b; --block-label-text-color: #3f3f46}
+.dark {--block-info-text-color: #a1a1aa; --block-label-text-color: #d4d4d8}
+main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility: hidden}   /* until it is whole */
+.or {color: inherit !important}
+.pixels img {image-rendering: pixelated}
 #photo img, .pixels img {width: 100% !important; height: 100% !important; object-fit: contain}
+#work {display: grid; gap: 16px; grid-template: "give show" auto "knobs show" 1fr / minmax(300px, 1fr) minmax(0, 2fr)}
+#give {grid-area: give} #show {grid-area: show} #knobs {grid-area: knobs}
+#status {min-height: 3em}
+#compare img {max-height: 480px !important; object-fit: contain !important}
+:is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
+:is(#faces, #pairs) .grid-container button {aspect-ratio: 2}
+:is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
 #desk {max-width: 640px; margin: auto}
 #stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto;
     object-fit: contain !important}
-#stimulus .icon-button-wrapper, footer .divider {display: none}
+#stimulus .icon-button-wrapper, footer {display: none}
 #grades {flex-wrap: nowrap; gap: 6px; align-items: stretch}
 #grades button {font: 500 min(.9rem, 3vw) system-ui; padding: 12px 2px}
-#pairs .grid-wrap {max-height: none !important; height: auto !important}
-#pairs .grid-container button {aspect-ratio: 2}
-@media (max-width: 600px) {#pairs .grid-container {grid-template-columns: 1fr !important}}
-#results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal}"""
+#results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal}
+@media (max-width: 700px) {
+    #work {grid-template: "give" "show" "knobs" / minmax(0, 1fr)}
+    #photo {height: 150px !important; min-height: 0 !important}
+    #compare {height: 92vw !important}}"""
+# Keys for the study; what Gradio's slider, which knows the mouse alone, lacks; alternative texts.
 KEYS = """<script>
 document.addEventListener("keydown", event => {
     if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, textarea")) return;
     const button = /^[1-5]$/.test(event.key) && document.getElementById("rate-" + event.key);
     if (button && button.offsetParent && !event.repeat) button.click();
-    const line = document.querySelector("#compare [data-testid=slider]");
+    const line = event.target.closest("#compare [data-testid=slider]");
     const step = {ArrowLeft: -16, ArrowRight: 16}[event.key];
-    if (line && line.offsetParent && step) {        // Gradio's slider knows the mouse alone
-        const {x, y, width} = line.getBoundingClientRect();
-        for (const [type, move] of [["mousedown", 0], ["mousemove", step], ["mouseup", step]])
-            (move ? window : line).dispatchEvent(new MouseEvent(
-                type, {clientX: x + width / 2 + move, clientY: y + 9, view: window, bubbles: true}));
+    if (line && step) {
+        const {x, y, width} = line.getBoundingClientRect(), centre = x + width / 2;
+        const picture = line.closest("#compare").querySelector("img").getBoundingClientRect();
+        const end = Math.min(Math.max(centre + step, picture.left), picture.right);
+        for (const [type, place] of [["mousedown", centre], ["mousemove", end], ["mouseup", end]])
+            (type == "mousedown" ? line : window).dispatchEvent(new MouseEvent(
+                type, {clientX: place, clientY: y + 9, view: window, bubbles: true}));
+        event.preventDefault();
     }
 });
+const name = (selector, names) => document.querySelectorAll(selector).forEach(element => {
+    for (const [key, value] of Object.entries(names))
+        if (element.getAttribute(key) != value) element.setAttribute(key, value);
+});
+new MutationObserver(() => {
+    for (const element of document.querySelectorAll(".upload-container[aria-label], .empty[aria-label]"))
+        element.removeAttribute("aria-label");      // they say other than what is written there
+    for (const text of document.querySelectorAll(".toast-text"))
+        if (text.textContent.includes("image/*")) text.textContent = "That file is not a picture";
+    name("#compare [data-testid=slider]", {tabindex: 0, role: "separator", "aria-orientation": "vertical",
+        "aria-valuenow": 50, "aria-label": "Line between the blurry enlargement and ours: use the arrow keys"});
+    name("#compare img", {alt: "The blurry enlargement and ours"});
+    name("#photo img", {alt: "Your picture"});
+    name("#stimulus img", {alt: "The picture to rate"});
+    name("#photo button:not([aria-label]):not(.upload-container)", {"aria-label": "Give a picture"});
+}).observe(document, {childList: true, subtree: true});
+addEventListener("unhandledrejection", ({reason}) => reason && reason.name == "NotAllowedError" &&
+    alert("Your browser did not let this page use the clipboard or the camera: allow it, or choose a file."));
 </script>"""
 
 
@@ -390,12 +308,34 @@ def only_this_host(app):
     return wrapped
 
 
+class Cancelled(Exception):
+    """Nobody waits for this result any more."""
+
+
+class Job(torch.nn.Module):
+    """A generator at work for one upload: its tiles take turns with those of others, and end when nobody waits."""
+
+    def __init__(self, host, worker):
+        super().__init__()
+        self.host, self.worker, self.gone, self.text, self.generator = host, worker, False, "Working", None
+
+    def use(self, generator):
+        self.generator, self.scale = generator, generator.scale
+        return self
+
+    def forward(self, lr):
+        if self.gone:
+            raise Cancelled
+        return self.worker.submit(self.generator, lr).result()
+
+
 class Workshop:
-    """What the command does with a picture, for the interface: results lie in `folder`, and one network is at
-    work at a time, picture by picture, so that nobody's folder holds up somebody's face."""
+    """What the command does with a picture, for the interface. Results lie in `folder`; one tile is computed at a
+    time, in order of arrival, so that nobody's large picture holds up somebody's face."""
 
     def __init__(self, args, folder):
-        self.args, self.folder, self.turn = args, folder, threading.Lock()
+        self.args, self.folder, self.jobs = args, folder, {}
+        self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
         self.device = select_device(args.device)
         self.dtype = select_dtype(args.precision, self.device)
         self.generator = functools.lru_cache(maxsize=24)(self._generator)       # the knob has 21 places
@@ -404,10 +344,44 @@ class Workshop:
         self.upscale(np.zeros((32, 32, 3), np.uint8), args.strength)            # the first one is slow
 
     def _generator(self, strength):
-        if not 0 <= strength <= 1:
-            raise UsageError("Strength is a number from 0 to 1")
         generator = load_generators(self.args.checkpoint, strength)[0].for_inference(self.dtype).to(self.device)
         return FlipEnsemble(generator) if self.args.flip else generator
+
+    def network(self, strength, job=None):
+        """The generator of a strength, at work for a Job. Raises UsageError for what is no strength."""
+        if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+            raise UsageError("Strength is a number from 0 to 1")
+        return (job or Job("", self.worker)).use(self.generator(round(strength, 2)))
+
+    async def work(self, request, method, *arguments):
+        """Carry out method(job, *arguments) in a thread: yield what it is at from time to time, at the end its result,
+        or None where it was cancelled. What the same page asked before is given up, and what a closed page asked."""
+        page, job, started = request.session_hash, Job(request.client.host, self.worker), time.monotonic()
+
+        def run():
+            with contextlib.suppress(Cancelled):
+                return method(job, *arguments)
+
+        self.cancel(page)
+        if sum(other.host == job.host for other in self.jobs.values()) >= WAITING:
+            raise DataError(f"{WAITING} pictures from your address are waiting already; please try again later")
+        self.jobs[page] = job
+        done = asyncio.get_running_loop().run_in_executor(self.hands, run)
+        try:
+            while not (await asyncio.wait([done], timeout=0.5))[0]:
+                yield f"{job.text}: {time.monotonic() - started:.0f} s …"
+            yield done.result()
+        finally:
+            job.gone = True
+            if self.jobs.get(page) is job:
+                del self.jobs[page]
+
+    def cancel(self, page):
+        """Give up what a page waits for; return whether that is anything."""
+        job = self.jobs.pop(page, None)
+        if job:
+            job.gone = True
+        return job is not None
 
     def sweep(self, kept, age=KEPT * 60):
         """Delete what is older than `age` seconds and not among the paths `kept`; Gradio's own way dies under load."""
@@ -418,15 +392,14 @@ class Workshop:
                         os.unlink(path)
 
     def upscale(self, lr, strength):
-        with self.turn:
-            return upscale(self.generator(round(strength, 2)), [lr])[0]
+        return upscale(self.network(strength), [lr])[0]
 
-    def restore(self, picture, strength, whole=True):
+    def restore(self, job, picture, strength, whole=True):
         """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces."""
+        generator = self.network(strength, job)
         if whole or max(picture.lr.shape) <= FACE_AT_MOST:
-            return self.upscale(picture.lr, strength)
-        with self.turn:
-            [(_, sr)] = restore_photos(self.generator(round(strength, 2)), [picture], self.args.batch_size)
+            return upscale(generator, [picture.lr])[0]
+        [(_, sr)] = restore_photos(generator, [picture], self.args.batch_size)
         return sr
 
     def read(self, path, output, shrink=False, whole=True):
@@ -435,7 +408,7 @@ class Workshop:
             raise DataError("This picture was not uploaded here")
         if not path.is_file():
             raise DataError(f"{path.name} has been deleted by now, as promised below; please give it again")
-        limit = LIMIT if whole or shrink else PHOTO_LIMIT
+        limit = LIMIT * self.scale ** 2 if shrink else LIMIT if whole else PHOTO_LIMIT
         try:
             with open_image(path) as image:
                 width, height = image.size
@@ -443,19 +416,22 @@ class Workshop:
                 raise DataError(f"{path} has {width} x {height} pixels, too many: the limit is {limit:,} in all"
                                 f"{' for one face; please cut it out' * (limit == LIMIT)}, or reduce the picture first")
             (lr, alpha), hr = read_image(path), None
+            if shrink and min(width, height) < 2 * SMALLEST * self.scale:
+                raise DataError(f"{path} has {width} x {height} pixels, which is small already: leave out “shrink it "
+                                "first”")
             if shrink:
                 (lr, hr), alpha = simulate(lr, self.scale, self.args.kernel, self.args.damage), None
         except DataError as error:
             raise DataError(str(error).replace(str(path), path.name)) from None
         return Picture(path.stem, output, lr, alpha, hr)
 
-    def enlarge(self, path, strength, shrink, added, whole):
+    def enlarge(self, job, path, strength, shrink, added, whole):
         """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, no
-        larger than a screen), the pictures LR, truth and what was invented (or None), the pairs of faces with captions,
-        and one line on what was done."""
+        larger than a screen), the pictures LR and truth (after shrinking) and what was invented, or None, the pairs
+        of faces with captions, and one line on what was done."""
         started, folder = time.monotonic(), Path(tempfile.mkdtemp(dir=self.folder))
         picture = self.read(path, folder / f"{path.stem}_x{self.scale}.png", shrink, whole)
-        sr = self.restore(picture, strength, whole or shrink)
+        sr = self.restore(job, picture, strength, whole or shrink)
         if picture.patches or sr.shape[0] != picture.lr.shape[0] * self.scale:
             picture.output = folder / f"{path.stem}_restored.png"
         factor = len(sr) // len(picture.lr)
@@ -465,8 +441,7 @@ class Workshop:
             _, scores = compare(picture, sr, self.scale)
         invented = None
         if added and not picture.patches and factor == self.scale:
-            with self.turn:
-                invented = added_detail(self.generator(0.0), picture.lr, sr)
+            invented = added_detail(self.network(0, job), picture.lr, sr)
         pair = [picture.output, folder / "bicubic.png"]
         if max(sr.shape) <= SCREEN:
             write_result(replace(picture, output=pair[1]), bicubic)
@@ -485,19 +460,20 @@ class Workshop:
         faces = [(np.hstack([resize_square(face, 256) for face in pair]),
                   f"{number}: {patch.side} pixels, {patch.action}")
                  for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
-        return SimpleNamespace(file=str(picture.output), pair=(str(pair[1]), str(pair[0])), lr=fit(picture.lr, SCREEN),
-                               hr=picture.hr, invented=invented, faces=faces, line=line)
+        return SimpleNamespace(file=str(picture.output), pair=(str(pair[1]), str(pair[0])), hr=picture.hr,
+                               lr=None if picture.hr is None else picture.lr, invented=invented, faces=faces, line=line)
 
-    def enlarge_all(self, paths, strength):
+    def enlarge_all(self, job, paths, strength):
         """Upscale many uploads, photographs with their faces: (files of pairs bicubic | ours with their names, ZIP or
         None, sentences on what cannot be read)."""
         folder, taken, pairs, problems = Path(tempfile.mkdtemp(dir=self.folder)), set(), [], []
         archive = folder / f"faces_x{self.scale}.zip"
         with zipfile.ZipFile(archive, "w") as pack:
-            for path in paths:
+            for number, path in enumerate(paths, 1):
+                job.text = f"Picture {number} of {len(paths)}"
                 try:
                     picture = self.read(path, choose_output(Path(path.name), folder, taken), whole=False)
-                    sr = self.restore(picture, strength, whole=False)
+                    sr = self.restore(job, picture, strength, whole=False)
                     write_result(picture, sr)
                     pack.write(picture.output, picture.output.name)
                     pair = np.hstack([enlarge(picture.lr, len(sr) // len(picture.lr)), sr])
@@ -519,94 +495,141 @@ def build_app(workshop, study):
     """Build the page, a gr.Blocks; `study` is a Study or None."""
     import gradio as gr
 
-    def sentence(error):
-        gr.Warning(str(error))
-        return f"**{error}**"
-
-    def upscale_one(photo, strength, shrink, added, whole):
-        nothing = {slider: None, pixels: None, truth: gr.Image(None, visible=False), status: "",
-                   invented: gr.Image(None, visible=False), faces: gr.Gallery(None, visible=False),
-                   download: gr.DownloadButton(interactive=False)}
-        if photo is None:
-            return nothing
+    async def upscale_one(photo, strength, shrink, added, whole, request: gr.Request):
+        path = Path(photo or samples[0][0])
         try:
-            result = workshop.enlarge(Path(photo), strength, shrink, added, whole)
-        except (DataError, CheckpointError, UsageError, OSError) as error:
-            return nothing | {status: sentence(error)}
-        return {slider: result.pair, pixels: result.lr, truth: gr.Image(result.hr, visible=result.hr is not None),
-                invented: gr.Image(result.invented, visible=result.invented is not None), status: result.line,
+            async for result in workshop.work(request, workshop.enlarge, path, strength, shrink, added, whole):
+                if isinstance(result, str):
+                    yield {status: result, cancel: gr.Button(interactive=True)}
+                else:       # None: cancelled
+                    yield shown(result) | ({} if photo else {status: EXAMPLE}) if result else \
+                        {cancel: gr.Button(interactive=False)}
+        except UsageError as error:
+            yield {status: f"**{error}**"}
+        except (DataError, CheckpointError, OSError, MemoryError) as error:
+            yield shown(None) | {status: f"**{error or 'Not enough memory for this picture'}**"}
+
+    def shown(result):
+        """What the page shows of a result of Workshop.enlarge, or of None."""
+        result = result or SimpleNamespace(file=None, pair=None, lr=None, hr=None, invented=None, faces=[], line="")
+        return {slider: result.pair, pixels: gr.Image(result.lr, visible=result.lr is not None), status: result.line,
+                truth: gr.Image(result.hr, visible=result.hr is not None),
+                invented: gr.Image(result.invented, visible=result.invented is not None),
                 faces: gr.Gallery(result.faces, visible=bool(result.faces)),
-                download: gr.DownloadButton(value=result.file, interactive=True)}
+                download: gr.DownloadButton(value=result.file, interactive=bool(result.file)),
+                cancel: gr.Button(interactive=False), clock: gr.Timer(active=bool(result.file)), made: result.file}
 
-    def enlarge_all(files, strength, progress=gr.Progress()):
-        if not files:
-            return [], None, "Choose some pictures first."
-        if len(files) > FILES:
-            return [], None, sentence(f"{len(files)} pictures are too many at once: the limit is {FILES}")
-        files = progress.tqdm(files, desc="upscaling", unit="picture")
-        pairs, archive, problems = workshop.enlarge_all(map(Path, files), strength)
-        lines = [f"{len(pairs)} enlarged, {len(problems)} could not be read."] + [f"- {line}" for line in problems]
-        return pairs, archive, "\n".join(lines)
+    def stop(request: gr.Request):
+        return "Cancelled." if workshop.cancel(request.session_hash) else gr.skip()
 
-    knob = functools.partial(
-        gr.Slider, 0, 1, workshop.args.strength, step=0.05, label="Strength", interactive=workshop.has_knob,
-        info="0: faithful and soft. 1: vivid and sharp, more of it invented.", buttons=[])
-    shown = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=220,
-                              elem_classes="pixels")
+    def look(file):
+        """Say so when a result has been deleted."""
+        if not file or Path(file).exists():
+            return gr.skip()
+        return DELETED, gr.DownloadButton(interactive=False), gr.Timer(active=False)
+
+    def cut_out(picture):
+        if picture is None or picture["composite"] is None:
+            return {status: "**Give a picture to the scissors first, and cut a face out of it**"}
+        path = Path(tempfile.mkdtemp(dir=workshop.folder)) / "cut.png"
+        write_png(path, picture["composite"][..., :3])
+        return {photo: str(path), whole: True}
+
+    async def enlarge_all(files, strength, request: gr.Request):
+        if not files or len(files) > FILES:
+            yield [], None, f"Choose 1 to {FILES} pictures first." if not files else \
+                f"**{len(files)} pictures are too many at once: the limit is {FILES}**"
+            return
+        try:
+            async for result in workshop.work(request, workshop.enlarge_all, list(map(Path, files)), strength):
+                if isinstance(result, str):
+                    yield gr.skip(), gr.skip(), result
+                elif result:
+                    pairs, archive, problems = result
+                    lines = [f"{len(pairs)} enlarged, {len(problems)} could not be read."]
+                    yield pairs, archive, "\n".join(lines + [f"- {line}" for line in problems])
+        except (DataError, CheckpointError, UsageError, OSError, MemoryError) as error:
+            yield [], None, f"**{error or 'Not enough memory'}**"
+
+    def make_knob():
+        knob = gr.Slider(0, 1, workshop.args.strength, step=0.05, label="Strength", interactive=workshop.has_knob,
+                         info="0: faithful and soft. 1: vivid and sharp, more of it invented.", buttons=[])
+        knob.preprocess = lambda value: value       # any number may be typed; Workshop.network says what is wrong
+        return knob
+
+    small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=220,
+                              visible=False)
+    samples = []
+    for name, face in sample_faces().items():
+        for hr in (False, True):
+            path = workshop.folder / f"{name}{'_sharp' * hr}.png"
+            write_png(path, face if hr else simulate(face, workshop.scale)[0])
+            samples.append([str(path), hr])
+    first = workshop.enlarge(None, Path(samples[0][0]), workshop.args.strength, False, False, False)
 
     with gr.Blocks(title="Face SRGAN", analytics_enabled=False) as app:
         gr.Markdown(INTRODUCTION)
-        with gr.Tab("Upscale"):
-            with gr.Row():
-                with gr.Column(scale=1, min_width=300):
-                    photo = gr.Image(type="filepath", image_mode=None, label="Your picture", height=260,
-                                     buttons=[], sources=["upload", "clipboard", "webcam"], elem_id="photo")
-                    # The file as it is, for read_image, which says what is wrong with it.
-                    photo.preprocess = lambda payload: payload and payload.path
-                    shrink = gr.Checkbox(label="This is already sharp: shrink it first", render=False,
-                                         info="Then the truth is known, and shown beside the result.")
-                    samples = []
-                    for name, face in sample_faces().items():
-                        for hr in (False, True):
-                            path = workshop.folder / f"{name}{'_sharp' * hr}.png"
-                            write_png(path, face if hr else simulate(face, workshop.scale)[0])
-                            samples.append([str(path), hr])
-                    gr.Examples(samples, [photo, shrink], label="Or try one of these", example_labels=[
-                        "Astronaut", "Astronaut, sharp", "Grace Hopper", "Grace Hopper, sharp"])
-                    strength = knob()
-                    shrink.render()
-                    added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob)
-                    whole = gr.Checkbox(label="Treat it as one face", info="Otherwise a picture of more than "
-                                        f"{FACE_AT_MOST} pixels is a photograph, whose faces are searched for.")
-                with gr.Column(scale=2, min_width=300):
-                    slider = gr.ImageSlider(label="Bicubic | ours: drag the line, or use ← →", type="filepath",
-                                            interactive=False, buttons=["fullscreen"], elem_id="compare")
-                    status = gr.Markdown()
-                    download = gr.DownloadButton("Download ours as PNG", variant="primary", interactive=False)
-                    faces = gr.Gallery(label="The faces, before and after", columns=3, height=260, object_fit="contain",
-                                       format="png", interactive=False, buttons=[], visible=False, elem_id="faces")
-                    with gr.Row():
-                        pixels = shown(label="The small picture")
-                        truth = shown(label="The truth", visible=False)
-                        invented = shown(label="What was invented", visible=False)
-            gr.on([photo.change, strength.change, shrink.input, added.input, whole.input], upscale_one,
-                  [photo, strength, shrink, added, whole],
-                  [slider, pixels, truth, invented, faces, download, status],
-                  trigger_mode="always_last", api_name="upscale", concurrency_id="upscale")
-            with gr.Accordion("What do the words mean?", open=False):
-                gr.Markdown(WORDS)
+        with gr.Tab("Upscale"), gr.Column(elem_id="work"):
+            with gr.Column(elem_id="give"):
+                photo = gr.Image(type="filepath", image_mode=None, label="Your picture", height=240, buttons=[],
+                                 sources=["upload", "clipboard", "webcam"], elem_id="photo")
+                # The file as it is, for read_image, which says what is wrong with it.
+                photo.preprocess = lambda payload: payload and payload.path
+            with gr.Column(elem_id="show"):
+                slider = gr.ImageSlider(first.pair, label="Blurry enlargement | ours: drag the line", height=480,
+                                        type="filepath", interactive=False, buttons=["fullscreen"], elem_id="compare")
+                status = gr.Markdown(EXAMPLE, elem_id="status")
+                with gr.Row():
+                    download = gr.DownloadButton("Download ours as PNG", first.file, variant="primary")
+                    cancel = gr.Button("Cancel", interactive=False)
+                faces = gr.Gallery(label="The faces, before and after", height=260, object_fit="contain",
+                                   format="png", interactive=False, buttons=[], visible=False, elem_id="faces")
+                with gr.Row():
+                    pixels = small(label="The small picture", elem_classes="pixels")
+                    truth = small(label="The truth")
+                    invented = small(label="What was invented")
+            with gr.Column(elem_id="knobs"):
+                strength = make_knob()
+                shrink = gr.Checkbox(label="This is already sharp: shrink it first",
+                                     info="Then the truth is known, and shown beside the result.")
+                added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob)
+                whole = gr.Checkbox(label="Treat it as one face", info="Otherwise a picture of more than "
+                                    f"{FACE_AT_MOST} pixels is a photograph, whose faces are searched for.")
+                gr.Examples(samples, [photo, shrink], label="Or try one of these", example_labels=[
+                    "Astronaut", "Astronaut, sharp", "Grace Hopper", "Grace Hopper, sharp"])
+                with gr.Accordion("A face was missed? Cut it out by hand", open=False) as scissors:
+                    editor = gr.ImageEditor(type="numpy", image_mode="RGB", height=320, show_label=False, buttons=[],
+                                            sources=["upload"], transforms=["crop"], brush=False, eraser=False,
+                                            layers=False, elem_id="scissors")
+                    cut = gr.Button("Take this part as one face")
+                with gr.Accordion("What do the words mean?", open=False):
+                    gr.Markdown(WORDS)
+            # A new picture or setting replaces what is being computed for this page.
+            made, clock = gr.State(), gr.Timer(20, active=False)
+            outputs = [slider, pixels, truth, invented, faces, download, cancel, clock, made, status]
+            at_once = dict(concurrency_limit=None, show_progress="hidden")
+            gr.on([photo.change, strength.change, shrink.input, added.input, whole.change], upscale_one,
+                  [photo, strength, shrink, added, whole], outputs, trigger_mode="multiple", api_name="upscale",
+                  **at_once)
+            cancel.click(stop, None, status, api_name="cancel", queue=False)
+            clock.tick(look, made, [status, download, clock], api_visibility="private", **at_once)
+            scissors.expand(lambda path: path, photo, editor, api_visibility="private", **at_once)
+            cut.click(cut_out, editor, [photo, whole, status], api_visibility="private", **at_once)
         with gr.Tab("Folder"):
             gr.Markdown(f"Up to {FILES} pictures at once: faces, and photographs of up to 16 megapixels.")
             files = gr.File(file_count="multiple", label="Pictures", height=180)
-            same = knob()
-            go, report = gr.Button("Upscale all", variant="primary"), gr.Markdown()
+            same = make_knob()
+            with gr.Row():
+                go, end = gr.Button("Upscale all", variant="primary"), gr.Button("Cancel")
+            report = gr.Markdown()
             archive = gr.File(label="All results as one ZIP", interactive=False)
-            gallery = gr.Gallery(label="Bicubic (left) and ours (right)", columns=2, object_fit="contain",
-                                 interactive=False, buttons=[], height="auto", elem_id="pairs")
-            go.click(enlarge_all, [files, same], [gallery, archive, report], api_name="folder")
+            gallery = gr.Gallery(label="Blurry enlargement (left) and ours (right)", object_fit="contain",
+                                 interactive=False, buttons=[], height=560, elem_id="pairs")
+            go.click(enlarge_all, [files, same], [gallery, archive, report], api_name="folder", **at_once)
+            end.click(stop, None, report, api_visibility="private", queue=False)
         with gr.Tab("Study"):
             if study:
-                build_study(study, workshop.folder, sentence)
+                build_study(study, workshop.folder)
             else:
                 gr.Markdown(STUDY_ABSENT)
         gr.Markdown(PRIVACY)
@@ -615,7 +638,7 @@ def build_app(workshop, study):
 
 def serve(args):
     """Start the interface and stay until it is stopped; return the exit status."""
-    # Read when Gradio is imported or its components are made. What people upload is in our own folder, and goes with it.
+    # Read when Gradio is imported or its components are made. Uploads are in our own folder, and go with it.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for remains in Path(tempfile.gettempdir()).glob("face-srgan-*"):        # of processes that were killed
@@ -634,7 +657,8 @@ def serve(args):
         try:
             _, address, _ = app.launch(
                 server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True,
-                inbrowser=True, prevent_thread_lock=True, run_history=False, footer_links=["settings"],
+                auth=args.auth and tuple(args.auth.split(":", 1)), inbrowser=True, prevent_thread_lock=True,
+                run_history=False, footer_links=[],
                 theme=gr.themes.Default(font="system-ui", font_mono="ui-monospace"), css=STYLE, head=KEYS,
                 max_file_size="50mb", app_kwargs={"middleware": [Middleware(only_this_host)]})
         except OSError:
@@ -698,6 +722,7 @@ def parse_arguments(argv=None):
     add("--ui", action="store_true", help="open the interface in a browser, on this machine only")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in [%(default)s]")
     add("--port", type=int, help="port to listen on [the first free one from 7860 on]")
+    add("--auth", metavar="NAME:PASSWORD", help="let in only who knows both")
     add("--study", type=Path, metavar="DIR", help="HR faces for a blind study in the interface: people rate the "
         "originals and four ways to enlarge them, without knowing which is which")
     add("--ratings", type=Path, metavar="CSV", help="file that the ratings are appended to [results/ratings.csv]")
@@ -713,6 +738,8 @@ def parse_arguments(argv=None):
         raise UsageError("--study needs --ui")
     if args.ui and (args.inputs or args.hr or args.simulate):
         raise UsageError("--ui takes its pictures in the browser: leave out INPUT, --hr and --simulate")
+    if args.auth is not None and not all(args.auth.partition(":")):
+        raise UsageError("--auth is NAME:PASSWORD")
     if args.port is not None and not 1 <= args.port <= 65535:
         raise UsageError("--port must be from 1 to 65535")
     if not 0 <= args.seed <= 2**32:

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data_loader import (MARK, METRICS, DataError, downscale, enlarge, find_images, read_image, simulate, square_face,
-                         to_tensor, to_uint8, write_atomically, write_csv)
+from data_loader import (MARK, METRICS, DataError, downscale, enlarge, find_images, printable, read_image, simulate,
+                         square_face, to_tensor, to_uint8, write_atomically, write_csv)
 from model import CheckpointError, load_plain
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
@@ -282,14 +282,15 @@ def report(scores, path):
 METHODS = ("original", "nearest", "bicubic", "SRResNet", "SRGAN")
 GRADES = ("bad", "poor", "fair", "good", "excellent")
 FACES, REPEATS = 20, 10     # in a study; some pictures come twice, to see how consistent a rater is
+ENOUGH = 6                  # ratings of a method, from which on an interval is given
 STUDY_ABSENT = """A blind study asks people how good pictures look, without telling them how each was made: the
 original, or one of four ways to enlarge it. It is started with a folder of sharp faces:
 
     python inference.py --ui --study FOLDER"""
 STUDY_WELCOME = """You will see faces, one at a time. **How good does each picture look?** Give 1 (bad) to 5
 (excellent), with the buttons or the keys 1 to 5; go by your first impression. Each answer is saved at once: you
-may stop at any time, and continue later under the same name. The name is stored with the ratings: a nickname
-will do."""
+may stop at any time, and continue later under the same name. **Kept for good, other than pictures that are
+uploaded: the name you give, your ratings, and when you gave them.** A nickname will do."""
 RATINGS = ("rater", "seed", "index", "face", "method", "repeat", "rating", "time")
 
 
@@ -306,7 +307,8 @@ def study_order(rater, seed, faces):
 
 
 def read_ratings(path):
-    """Read a file of ratings: a list of dicts, numbers as int. A last line that a crash has torn is left out."""
+    """Read a file of ratings: a list of dicts, numbers as int; of a picture that was rated again, the last rating.
+    A last line that a crash has torn is left out."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -314,17 +316,18 @@ def read_ratings(path):
     header = ",".join(RATINGS).encode() + b"\n"
     if not content.startswith(header) and not header.startswith(content):
         raise DataError(f"{path}: not a file of ratings; give another name with --ratings")
-    rows = []
+    rows, lines = {}, 0
     try:
         text = content[:content.rfind(b"\n") + 1].decode()
         for row in csv.DictReader(io.StringIO(text, newline="")):
             row |= {name: int(row[name]) for name in ("seed", "index", "repeat", "rating")}
             if row["method"] not in METHODS or row["rating"] not in range(1, 6):
                 raise ValueError
-            rows.append(row)
+            rows[row["rater"], row["seed"], row["index"]] = row
+            lines += 1
     except (ValueError, TypeError, csv.Error):
-        raise DataError(f"{path}: line {len(rows) + 2} is damaged; correct or remove it") from None
-    return rows
+        raise DataError(f"{path}: line {lines + 2} is damaged; correct or remove it") from None
+    return list(rows.values())
 
 
 def append_rating(path, values):
@@ -355,7 +358,7 @@ class Study:
             except DataError as error:
                 print(f"inference.py: {error}; left out", file=sys.stderr)
                 continue
-            name = path.relative_to(folder).as_posix()
+            name = printable(path.relative_to(folder))
             lr, _ = simulate(face, workshop.scale)
             ours = (workshop.upscale(lr, strength) for strength in (0, 1))
             nearest = lr.repeat(workshop.scale, axis=0).repeat(workshop.scale, axis=1)
@@ -378,41 +381,50 @@ class Study:
         return len(rows), order
 
     def rate(self, rater, index, rating):
-        """Save a rating of the picture at `index`, unless that has been rated already."""
+        """Save a rating of the picture at `index`, if it is the next one, or the last one again, to correct it."""
         place, order = self.place(rater)
-        if index == place < len(order):
+        if 0 <= index < len(order) and index in (place - 1, place):
             append_rating(self.ratings, (rater, self.seed, index, *order[index], rating,
                                          datetime.now(timezone.utc).isoformat(timespec="seconds")))
 
 
-def build_study(study, folder, sentence):
+def build_study(study, folder):
     """Build the Study tab inside an open gr.Blocks."""
     import gradio as gr
 
-    def ask(name):
-        """Show a rater the next picture; the page learns nothing about how it was made."""
+    def ask(name, back=0):
+        """Show a rater the next picture, or the one before; the page learns nothing about how it was made."""
         try:
             index, order = study.place(rater(name))
         except (DataError, OSError) as error:
-            return {message: sentence(error)}
+            return {message: f"**{error}**"}
+        index -= back and index > 0
         if index == len(order):
-            return {welcome: gr.Column(visible=False), desk: gr.Column(visible=False),
+            return {welcome: gr.Column(visible=False), desk: gr.Column(visible=False), done: gr.Column(visible=True),
                     message: "**Done, thank you!** Everything is saved."}
+        # Uncompressed, in a folder of its own: neither the size of a file nor its address tells a method or a repeat.
+        path = Path(tempfile.mkdtemp(dir=folder)) / "picture.png"
+        cv2.imwrite(str(path), study.pictures[order[index][:2]][..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 0])
         return {welcome: gr.Column(visible=False), desk: gr.Column(visible=True), position: index,
-                picture: study.pictures[order[index][:2]], message: f"Picture {index + 1} of {len(order)}"}
+                picture: str(path), message: f"Picture {index + 1} of {len(order)}"}
 
     def rate(rating, name, index):
         try:
             study.rate(rater(name), index, rating)
         except (DataError, OSError) as error:
-            return {message: sentence(f"This rating could not be saved: {error}")}
+            return {message: f"**This rating could not be saved: {error}**"}
         return ask(name)
 
     def rater(name):
-        return " ".join(name.casefold().split())[:60]
+        """A name as it is stored; no spreadsheet takes it for a formula."""
+        return " ".join(name.casefold().split()).lstrip("=+-@ ")[:60]
 
-    def results():
+    def results(name):
         try:
+            index, order = study.place(rater(name))
+            if index < len(order):
+                raise DataError("Results are shown when all pictures are rated; who runs the study sees them with "
+                                "--study-report")
             lines, text = study_results(read_ratings(study.ratings))
         except (DataError, OSError) as error:
             return str(error), None
@@ -431,18 +443,21 @@ def build_study(study, folder, sentence):
         with gr.Row(elem_id="grades"):
             buttons = [gr.Button(f"{n} {grade}", elem_id=f"rate-{n}", min_width=40)
                        for n, grade in enumerate(GRADES, 1)]
+        back = gr.Button("Back: rate the one before again", size="sm")
     # Sent along with each rating: a key pressed twice must not rate a picture that nobody has seen yet.
     position = gr.Number(0, precision=0, visible="hidden")
-    outputs = [welcome, desk, picture, message, position]
+    with gr.Column(visible=False) as done:
+        show = gr.Button("Show the results")
+        table = gr.Markdown(elem_id="results")
+        plot = gr.Image(show_label=False, interactive=False, buttons=["download"])
+    outputs = [welcome, desk, done, picture, message, position]
     gr.on([start.click, name.submit], ask, name, outputs, api_name="start", concurrency_id="study")
     for n, button in enumerate(buttons, 1):
         button.click(functools.partial(rate, n), [name, position], outputs, api_name=f"rate_{n}",
                      concurrency_id="study", show_progress="hidden")
-    with gr.Accordion("Results (look afterwards: they would bias you)", open=False):
-        show = gr.Button("Show the results")
-        table = gr.Markdown(elem_id="results")
-        plot = gr.Image(show_label=False, interactive=False, buttons=["download"])
-    show.click(results, None, [table, plot], api_name="results", concurrency_id="study")
+    back.click(functools.partial(ask, back=1), name, outputs, api_name="back", concurrency_id="study",
+               show_progress="hidden")
+    show.click(results, name, [table, plot], api_name="results", concurrency_id="study")
 
 
 def mean_opinion_scores(ratings, draws=2000, seed=0):
@@ -482,8 +497,8 @@ def krippendorff_alpha(ratings):
 
 def study_results(rows):
     """Evaluate the rows of `read_ratings`: (a list of (method, mean opinion score, low and high end of its 95 %
-    interval, number of ratings), the same as a Markdown table with sentences on raters and agreement). Repeats
-    count for consistency only."""
+    interval, nan from fewer than ENOUGH ratings, number of ratings), the same as a Markdown table with sentences on
+    raters and agreement). Repeats count for consistency only."""
     cells, repeats = defaultdict(list), []
     for row in rows:
         key = row["rater"], row["face"], row["method"]
@@ -501,11 +516,12 @@ def study_results(rows):
         table[raters.index(rater), faces.index(face), methods.index(method)] = np.mean(ratings)
         numbers[method] += len(ratings)
     alpha = krippendorff_alpha(table.reshape(len(raters), -1))
-    lines = list(zip(methods, *mean_opinion_scores(table), numbers.values()))
+    lines = [(method, mean, low, high, number) if number >= ENOUGH else (method, mean, np.nan, np.nan, number)
+             for method, mean, low, high, number in zip(methods, *mean_opinion_scores(table), numbers.values())]
     text = ["| method   | mean score | 95 % interval | ratings |",
             "|----------|------------|---------------|---------|"]
-    text += [f"| {method:8} | {mean:10.2f} |  {low:.2f} to {high:.2f} | {number:7} |"
-             for method, mean, low, high, number in lines]
+    text += [f"| {method:8} | {mean:10.2f} | " + (f" {low:.2f} to {high:.2f}" if low == low else f"{'too few':>13}")
+             + f" | {number:7} |" for method, mean, low, high, number in lines]
     text += ["", f"Raters: {len(raters)}, faces: {len(faces)}, ratings: {len(rows)}."]
     text += [f"Agreement between raters (Krippendorff's alpha: 1 is perfect, 0 is chance): {alpha:.2f}."
              if np.isfinite(alpha) else "Agreement between raters: not known yet."]

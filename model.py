@@ -13,6 +13,8 @@ import hashlib
 import io
 import os
 import zipfile
+from collections import Counter
+from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -22,8 +24,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
 
-from data_loader import to_tensor, to_uint8, write_atomically
+from data_loader import Face, enlarge, find_faces, resize_square, to_tensor, to_uint8, working_size, write_atomically
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -170,13 +173,136 @@ def upscale(generator, pictures):
     sr = np.empty((number, height * scale, width * scale, 3), np.uint8)
     rows, columns = ([*pairwise(i * side // -(-side // TILE) for i in range(-(-side // TILE) + 1))]
                      for side in (height, width))
-    for (top, bottom), (left, right) in product(rows, columns):
+    tiles = list(product(rows, columns))
+    for (top, bottom), (left, right) in tqdm(tiles, "tiles", leave=False, disable=None, delay=2):
         y, x = max(0, top - OVERLAP), max(0, left - OVERLAP)
         lr = to_tensor(pictures[:, y:bottom + OVERLAP, x:right + OVERLAP]).to(device)
         tile = to_uint8(generator(lr.contiguous(memory_format=torch.channels_last)))
         sr[:, top * scale:bottom * scale, left * scale:right * scale] = \
             tile[:, (top - y) * scale:(bottom - y) * scale, (left - x) * scale:(right - x) * scale]
     return sr
+
+
+def upscale_pictures(generator, pictures, batch_size):
+    """Yield (picture, sr), sr (sH, sW, 3) uint8, batching pictures of one size; large ones go
+    alone, and the order may differ."""
+    waiting = {}
+
+    def flush(shape):
+        group = waiting.pop(shape)
+        yield from zip(group, upscale(generator, [picture.lr for picture in group]))
+
+    for picture in pictures:
+        shape = picture.lr.shape
+        waiting.setdefault(shape, []).append(picture)
+        if len(waiting[shape]) >= min(batch_size, max(1, TILE ** 2 // (shape[0] * shape[1]))):
+            yield from flush(shape)
+        elif sum(map(len, waiting.values())) > 256:     # many sizes: do not hoard
+            yield from flush(max(waiting, key=lambda key: len(waiting[key])))
+    for shape in list(waiting):
+        yield from flush(shape)
+
+
+def added_detail(faithful, lr, sr):
+    """Show what was invented: three times the difference of sr to the faithful network's result,
+    around gray, (H, W, 3) uint8."""
+    return ((sr.astype(np.int16) - upscale(faithful, [lr])[0]) * 3 + 128).clip(0, 255).astype(np.uint8)
+
+
+SMALLEST = 20               # pixels of a frame from which a face can be made
+DETAIL = 46                 # pixels: what shows more than fits in them is sharper than anything we give
+SOFT = 0.6                  # of its frame: a face that fits in less of it is blurred
+
+
+@dataclass
+class Patch:
+    """A face of a photograph on its way through the network."""
+    face: Face
+    top: int                            # its square, in pixels of the photograph
+    left: int
+    side: int
+    working_size: int
+    action: str                         # "restored", "sharp" (left alone) or "small" (too small)
+    lr: np.ndarray                      # upright, of the size that the network is given
+    sr: np.ndarray | None = None
+
+
+def find_patches(photo, factor):
+    """Find the faces of an (H, W, 3) uint8 photograph and decide what to do with each, if the result is `factor`
+    times as large: a list of Patch, from left to right.
+
+    A face whose pixels hold what they can goes through the network as it is, a blurred one is reduced first to
+    what it shows; turned by more than 45 degrees, it is turned by quarters, which loses nothing.
+    """
+    patches = []
+    for face in find_faces(photo):
+        top, left, side = face.square(*photo.shape[:2])
+        lr = np.rot90(photo[top:top + side, left:left + side], round(face.angle / 90))
+        size = working_size(lr)
+        soft = size < SOFT * side
+        action = "small" if side < SMALLEST else \
+            "sharp" if size > DETAIL or factor == 1 and not soft else "restored"
+        patches.append(Patch(face, top, left, side, size, action, resize_square(lr, size) if soft else lr))
+    return patches
+
+
+def lay(patch, canvas, factor):
+    """Lay a restored face over its place in the enlarged photograph, fading into it at the edge of its square."""
+    side = patch.side * factor
+    sr = np.rot90(resize_square(patch.sr, side), -round(patch.face.angle / 90))
+    ramp = np.clip((np.arange(side) + 0.5) / side * 6, 0, 1)
+    ramp = np.square(np.sin(np.minimum(ramp, ramp[::-1]) * np.pi / 2))      # over a sixth of the side
+    place = canvas[patch.top * factor:, patch.left * factor:][:side, :side]
+    mask = np.minimum.outer(ramp, ramp)[..., None].astype(np.float32)
+    place[:] = np.rint(place + mask * (sr - place.astype(np.float32)))
+
+
+def enlargement(photo, factor=None):
+    """How many times a photograph is enlarged: by default what gives a handy size."""
+    size = photo.shape[0] * photo.shape[1]
+    return factor or (4 if size <= 1e6 else 2 if size <= 4e6 else 1)
+
+
+def restore_photos(generator, photos, batch_size, factor=None, background=None):
+    """Yield (picture, sr) for each Picture of a photograph, in order; sr (NH, NW, 3) uint8, picture.patches its faces.
+
+    `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
+    rest is enlarged: by default with the network, where that is quick. Faces go through it in batches, those of
+    several photographs together.
+    """
+    def restore(group):
+        patches = [patch for _, _, faces in group for patch in faces if patch.action == "restored"]
+        for patch, patch.sr in upscale_pictures(generator, patches, batch_size):
+            pass
+        for picture, number, picture.patches in group:
+            megapixels = picture.lr.shape[0] * picture.lr.shape[1] / 1e6
+            way = background or ("network" if megapixels <= 0.5 else "bicubic")
+            canvas = upscale(generator, [picture.lr])[0] if way == "network" and number == generator.scale else \
+                enlarge(picture.lr, number)
+            for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
+                if patch.sr is not None:
+                    lay(patch, canvas, number)
+            yield picture, canvas
+
+    group, pixels = [], 0
+    for picture in photos:
+        size = picture.lr.shape[0] * picture.lr.shape[1]
+        number = enlargement(picture.lr, factor)
+        group.append((picture, number, find_patches(picture.lr, number)))
+        pixels += size
+        if pixels > 4e6 or sum(len(patches) for _, _, patches in group) >= batch_size:
+            yield from restore(group)
+            group, pixels = [], 0
+    yield from restore(group)
+
+
+def photo_sentence(patches):
+    """Say what was done with the faces of a photograph."""
+    numbers = Counter(patch.action for patch in patches)
+    parts = [f"{numbers['restored']} restored"]
+    parts += [f"{numbers['sharp']} left as is (sharp already)"] * bool(numbers["sharp"])
+    parts += [f"{numbers['small']} too small (under {SMALLEST} pixels)"] * bool(numbers["small"])
+    return f"{len(patches)} face{'s' * (len(patches) != 1)}, {', '.join(parts)}" if patches else "no face found"
 
 
 class FlipEnsemble(nn.Module):

@@ -1,5 +1,6 @@
 """The interface as people use it: the real command in a process of its own, through its API and in Chromium."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from data_loader import find_images, read_image
 from inference import CHECKPOINT
 from loss import read_ratings, study_order
 from model import Generator, locked, save_checkpoint
+from model import upscale as upscale_picture
 
 ROOT = Path(inference.__file__).parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -100,8 +102,8 @@ def command(app, output, *arguments):
 
 def upscale(client, path, strength=1.0, shrink=False, added=False, whole=False):
     """Call the Upscale tab: a namespace of pictures (None where there is none) and the line of text."""
-    *outputs, line = client.predict(handle_file(path), strength, shrink, added, whole, api_name="/upscale")
-    gallery = outputs.pop(4)["value"] or []
+    *outputs, line = client.predict(path and handle_file(path), strength, shrink, added, whole, api_name="/upscale")
+    gallery = outputs.pop(4).get("value") or []
     faces = [(np.array(Image.open(face["image"])), face["caption"]) for face in gallery]
     files = [part["value"] if isinstance(part, dict) and "value" in part else part for part in outputs]
     pair, *files = [None if isinstance(part, dict) else part for part in files]
@@ -118,15 +120,16 @@ def test_the_download_is_what_the_command_writes(app, client, tmp_path):
         assert np.array_equal(result.download, expected) and np.array_equal(result.ours, expected)
         assert result.truth is None and result.invented is None
     assert result.bicubic.shape == (40, 48, 4)
-    assert np.array_equal(upscale(client, plain).lr, read_image(plain)[0])
+    assert result.lr is None        # it is on the page already
+    result = upscale(client, plain)
     assert re.fullmatch(r"12 x 10 → 48 x 40 pixels; in \d\.\d\d s on the CPU", result.line)
 
 
 def test_shrink_first_shows_the_truth_and_scores(app, client, tmp_path):
-    path = save(tmp_path / "sharp.png", (42, 40))
+    path = save(tmp_path / "sharp.png", (162, 160))
     result = upscale(client, path, shrink=True, added=True)
     assert np.array_equal(result.download, command(app, tmp_path / "out", path, "--simulate"))
-    assert np.array_equal(result.truth, read_image(path)[0][:, :40]) and result.lr.shape == (10, 10, 3)
+    assert np.array_equal(result.truth, read_image(path)[0][:, :160]) and result.lr.shape == (40, 40, 3)
     row = (tmp_path / "out" / "metrics.csv").read_text().splitlines()[1].split(",")
     assert f"PSNR {float(row[1]):.2f} dB" in result.line and f"SSIM {float(row[2]):.3f}" in result.line
     faithful = command(app, tmp_path / "out", path, "--simulate", "--strength", 0)
@@ -169,10 +172,11 @@ def test_pictures_that_cannot_be_used_get_a_sentence(client, app, tmp_path):
         result = upscale(client, tmp_path / name, whole=True)
         assert name in result.line and reason in result.line and "/" not in result.line, name
         assert result.ours is result.lr is result.download is None
-    assert "too small" in upscale(client, save(tmp_path / "dot.png", (3, 3)), shrink=True).line
-    assert client.predict(None, 1, False, False, False, api_name="/upscale")[-1] == ""
-    with pytest.raises(Exception, match="(?i)strength|maximum"):
-        upscale(client, good, strength=7)
+    assert "small already" in upscale(client, save(tmp_path / "face.png", (32, 32)), shrink=True).line
+    example = upscale(client, None)
+    assert "An example" in example.line and example.ours.shape == (128, 128, 3)
+    for strength in (7, -1):
+        assert "from 0 to 1" in upscale(client, good, strength).line
     assert upscale(client, good).ours is not None
 
 
@@ -232,7 +236,7 @@ def test_a_folder(app, client, tmp_path):
             with pack.open(path.name) as file:
                 expected = command(app, tmp_path / "out", path, "--strength", 0.5)
                 assert np.array_equal(np.array(Image.open(file)), expected)
-    assert client.predict([], 0.5, api_name="/folder")[-1] == "Choose some pictures first."
+    assert client.predict([], 0.5, api_name="/folder")[-1] == "Choose 1 to 200 pictures first."
     assert client.predict([files[-1]], 0.5, api_name="/folder")[1] is None
 
 
@@ -243,17 +247,27 @@ def test_the_study_goes_on_where_it_was_left(app, client, faces):
     assert (text, index) == ("Picture 1 of 70", 0)
     client.predict("bo", 0, api_name="/rate_5")
     picture, text, index = client.predict("BO", 0, api_name="/rate_1")
-    assert (text, index) == ("Picture 2 of 70", 1) and Path(picture).name == "image.png"
+    assert (text, index) == ("Picture 2 of 70", 1) and Path(picture).name == "picture.png"
+    assert client.predict("bo", api_name="/back")[1:] == ("Picture 1 of 70", 0)
     if order[1][1] == "original":
         assert np.array_equal(np.array(Image.open(picture)), read_image(faces / order[1][0])[0])
     again = Client(app.url, verbose=False, analytics_enabled=False)
     assert again.predict("bo", api_name="/start")[1:] == ("Picture 2 of 70", 1)
     rows = read_ratings(app.folder / "results" / "ratings.csv")
-    assert [(r["face"], r["method"], r["rating"]) for r in rows if r["rater"] == "bo"] == [(*order[0][:2], 5)]
+    assert [(r["face"], r["method"], r["rating"]) for r in rows if r["rater"] == "bo"] == [(*order[0][:2], 1)]
     assert "name" in client.predict("  ", api_name="/start")[1]
-    table, plot = client.predict(api_name="/results")
+    assert "when all pictures are rated" in client.predict("bo", api_name="/results")[0]
+    again = Client(app.url, verbose=False, analytics_enabled=False, download_files=False)
+    addresses = {again.predict("bo", i, api_name=f"/rate_{1 + i % 5}")[0]["url"] for i in range(1, 69)}
+    assert len(addresses) == 68  # every method, and repeats
+    assert len({len(httpx.get(address).content) for address in addresses}) == 1
+    client.predict("bo", 69, api_name="/rate_3")
+    table, plot = client.predict("bo", api_name="/results")
     assert f"| {order[0][1]} " in table and "Raters: 1" in table
     assert Image.open(plot).size[0] > 500
+    assert client.predict("=1+1", api_name="/start")[1] == "Picture 1 of 70"
+    client.predict("=1+1", 0, api_name="/rate_3")
+    assert {row["rater"] for row in read_ratings(app.folder / "results" / "ratings.csv")} == {"bo", "1+1"}
 
 
 @pytest.fixture(scope="module")
@@ -280,9 +294,13 @@ def test_a_face_in_the_browser(app, page, faces, tmp_path):
     page.get_by_text("128 x 128 → 512 x 512 pixels").wait_for()
     line = page.locator("#compare [data-testid=slider]")
     before = line.bounding_box()["x"]
-    page.locator("body").press("ArrowLeft")
+    line.press("ArrowLeft")  # it is a tab stop
     moved = line.bounding_box()["x"]
     assert moved < before - 5
+    for _ in range(40):
+        line.press("ArrowLeft")
+    assert line.bounding_box()["x"] > page.locator("#compare img").first.bounding_box()["x"] - 60  # not pushed off
+    moved = line.bounding_box()["x"]
     for key in ("ArrowLeft", "ArrowLeft"):
         page.get_by_role("slider", name="Strength").first.press(key)
     assert line.bounding_box()["x"] == moved
@@ -310,10 +328,11 @@ def test_ten_ratings_by_keyboard(app, page):
         page.get_by_text(f"Picture {i + 2} of 70").wait_for()
     rows = read_ratings(app.folder / "results" / "ratings.csv")
     assert [row["rating"] for row in rows if row["rater"] == "cy"] == [1, 2, 3, 4, 5] * 2
-    page.get_by_text("Results").first.click()
-    page.get_by_role("button", name="Show the results").click()
-    page.locator("#results table").wait_for()
-    assert "Raters:" in page.locator("#results").inner_text()
+    page.get_by_role("button", name="Back").click()
+    page.get_by_text("Picture 10 of 70").wait_for()
+    page.keyboard.press("2")
+    page.get_by_text("Picture 11 of 70").wait_for()
+    assert [row["rating"] for row in read_ratings(app.folder / "results" / "ratings.csv") if row["rater"] == "cy"][9] == 2
 
 
 def test_no_request_leaves_the_machine(app, page):
@@ -343,10 +362,74 @@ def test_nothing_is_left_when_it_ends(app, client, tmp_path):
     assert list((app.folder / "tmp").glob("face-srgan-*")) == []
 
 
-def test_uploads_are_deleted_under_load_and_samples_stay(tmp_path, monkeypatch):
+@pytest.fixture
+def workshop(tmp_path, tiny_checkpoint):
+    return inference.Workshop(
+        inference.parse_arguments(["--device", "cpu", "--checkpoint", str(tiny_checkpoint)]), tmp_path
+    )
+
+
+def visitor(page, host="1.2.3.4"):
+    return SimpleNamespace(session_hash=page, client=SimpleNamespace(host=host))
+
+
+def test_nobody_fills_the_queue_and_who_leaves_is_dropped(workshop):
+    large = np.zeros((900, 1000, 3), np.uint8)
+
+    def work(job):
+        return upscale_picture(workshop.network(1, job), [large])
+
+    async def last(requests):
+        async for result in requests:
+            pass
+        return result
+
+    async def scenario():
+        first = [workshop.work(visitor(str(i)), work) for i in range(inference.WAITING)]
+        for requests in first:
+            assert "s …" in await anext(requests)
+        with pytest.raises(inference.DataError, match="your address"):
+            await anext(workshop.work(visitor("one more"), work))
+        assert "s …" in await anext(workshop.work(visitor("other", "5.6.7.8"), work))
+        for requests in first[:10]:
+            await requests.aclose()  # a closed page
+        assert all(workshop.cancel(str(i)) for i in range(10, 30)) and not workshop.cancel("10")
+        again = workshop.work(visitor("30"), lambda job: "another picture")
+        assert await last(again) == "another picture"
+        assert [await last(requests) for requests in first[10:31]] == [None] * 21
+        assert (await last(first[31])).shape == (1, 3600, 4000, 3)
+
+    with ThreadPoolExecutor() as pool:  # Playwright has a loop of its own in this thread
+        pool.submit(asyncio.run, scenario()).result()
+
+
+def test_a_large_picture_does_not_hold_up_a_face(workshop):
+    with ThreadPoolExecutor() as pool:
+        large = pool.submit(upscale_picture, workshop.network(1), [np.zeros((1000, 1000, 3), np.uint8)])
+        while workshop.worker._work_queue.empty() and not large.done():
+            pass
+        assert workshop.upscale(np.zeros((32, 32, 3), np.uint8), 1).shape == (128, 128, 3)
+        assert not large.done()
+
+
+def test_who_does_not_know_the_password_stays_outside(tiny_checkpoint, app_flags):
+    process = subprocess.Popen([sys.executable, ROOT / "inference.py", *app_flags, "--auth", "me:a:b"], text=True,
+                               stdout=subprocess.PIPE, env=os.environ | {"BROWSER": "true"})
+    try:
+        address = re.search("http://[^ ]+", process.stdout.readline())[0]
+        assert httpx.get(f"{address}gradio_api/info").status_code == 401
+        assert httpx.post(f"{address}login", data={"username": "me", "password": "a"}).status_code == 400
+        with httpx.Client() as me:
+            assert me.post(f"{address}login", data={"username": "me", "password": "a:b"}).status_code == 200
+            assert me.get(f"{address}gradio_api/info").status_code == 200
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_uploads_are_deleted_under_load_and_samples_stay(workshop, tmp_path, monkeypatch):
     """700 files of 8 clients come while old ones go; what was there at the start stays."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    workshop = inference.Workshop(inference.parse_arguments(["--device", "cpu"]), tmp_path)
     inference.build_app(workshop, None)
     samples = {str(path) for path in tmp_path.rglob("*") if path.is_file()}
     assert len(samples) >= 4
@@ -396,6 +479,7 @@ def test_mistakes_are_one_sentence_and_status_2(tmp_path, capsys, monkeypatch, f
         ("--study", faces): "--ui",
         ("--ui", "a.png"): "INPUT",
         ("--ui", "--port", "0"): "--port",
+        ("--ui", "--auth", "me"): "--auth",
         ("--ui", "--study", tmp_path / "absent"): "absent",
         ("--ui", "--study", tmp_path / "empty"): "empty",
         ("--ui", "--study", faces, "--ratings", tmp_path / "mine.csv"): "mine.csv",

@@ -163,7 +163,7 @@ def test_the_command_writes_the_picture_the_table_and_the_figure(portraits, tmp_
     for _ in range(2):      # the second time over its own results
         assert inference.run(call) == 1
         said = capsys.readouterr()
-        assert "party: 2 faces, 1 restored, 1 left as they are (sharp already)" in said.out
+        assert "party: 2 faces, 1 restored, 1 left as is (sharp already)" in said.out
         assert "sub/coffee: no face found" in said.out and "broken.jpg: not a picture" in said.err
         assert {path.name for path in out.rglob("*") if path.is_file()} == {
             "party.png", "coffee.png", "comparison.png", "faces.csv", "faces.csv.csv"}

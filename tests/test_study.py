@@ -126,7 +126,10 @@ def test_results_by_hand(tmp_path):
     lines, text = study_results(read_ratings(write(tmp_path / "r.csv", ratings)))
     assert [line[0] for line in lines] == ["bicubic", "SRGAN"]
     assert [line[1] for line in lines] == [1.5, 4] and [line[4] for line in lines] == [2, 3]
-    assert all(low <= mean <= high for _, mean, low, high, _ in lines)
+    assert all(np.isnan(low) and np.isnan(high) for _, _, low, high, _ in lines) and "too few" in text
+    more = ratings[:5] + [(rater, "1.png", "SRGAN", 0, grade) for rater, grade in zip("cdefg", (1, 5, 2, 4, 3))]
+    [_, (_, mean, low, high, _)] = study_results(read_ratings(write(tmp_path / "more.csv", more)))[0]
+    assert 1 <= low < mean < high <= 5
     # Items with two ratings: (4, 3) and (2, 1). D_o = 1, D_e = 20 / 6 as above.
     assert "Raters: 2, faces: 2, ratings: 7" in text and "alpha: 1 is perfect, 0 is chance): 0.70" in text
     assert "1.50 points apart on average (2 repeats)" in text
@@ -196,8 +199,8 @@ def test_what_the_study_shows(study, faces):
 def test_rating_resuming_and_finishing(study, faces, tmp_path):
     index, order = study.place("anna")
     assert index == 0 and order == study_order("anna", 3, study.faces)
-    study.rate("anna", 0, 4)
-    study.rate("anna", 0, 1)  # a key pressed twice
+    study.rate("anna", 0, 1)
+    study.rate("anna", 0, 4)  # a slip, corrected
     study.rate("anna", 2, 1)  # a page left open
     study.rate("bo", 0, 2)
     again = Study(FakeWorkshop(), faces, tmp_path / "ratings.csv", 3)
@@ -206,10 +209,12 @@ def test_rating_resuming_and_finishing(study, faces, tmp_path):
         again.rate("anna", index, 1 + index % 5)
     assert again.place("anna")[0] == len(order) == 70
     again.rate("anna", 70, 5)
-    with open(tmp_path / "ratings.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["rater"] == "anna"]
-    assert [(row["face"], row["method"], int(row["repeat"])) for row in rows] == order
-    assert [row["rating"] for row in rows][:3] == ["4", "2", "3"] and rows[0]["seed"] == "3"
+    again.rate("anna", 3, 5)  # long past
+    rows = [row for row in read_ratings(tmp_path / "ratings.csv") if row["rater"] == "anna"]
+    assert [(row["face"], row["method"], row["repeat"]) for row in rows] == order
+    assert [row["rating"] for row in rows][:4] == [4, 2, 3, 4] and rows[0]["seed"] == 3
+    with open(tmp_path / "ratings.csv", newline="") as file:  # nothing is lost
+        assert [row["rating"] for row in csv.DictReader(file) if row["rater"] == "anna"][:3] == ["1", "4", "2"]
     with pytest.raises(DataError, match="name"):
         again.rate("", 0, 5)
     other = Study(FakeWorkshop(), faces, tmp_path / "ratings.csv", 4)
