@@ -44,7 +44,7 @@ from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, SMALLEST, CheckpointEr
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 STRENGTH = 1.0              # of the shipped weights; chosen on the validation faces
 WRITERS = 8                 # threads that compress PNGs; as many pictures wait to be written
-SHOWN = 8                   # pictures in the comparison figure
+SHOWN = 12                  # pictures in the comparison figure
 RESULT_LIMIT = 400_000_000  # pixels of a result, of which each takes up to 8 bytes
 
 
@@ -168,11 +168,13 @@ def main(args):
         upscale_pictures(generator, pictures, args.batch_size)
     for picture, sr, writing in tqdm(write_results(results), "upscaling", len(files) or None, unit="picture",
                                      leave=False, disable=None):
-        rows, line = [], {}
+        rows, line, show = [], {}, len(sheet) < SHOWN
         if args.photo:
-            rows = photo_rows(picture, sr) if len(sheet) < SHOWN else []
-        elif picture.hr is not None or len(sheet) < SHOWN:
-            rows, line = compare(picture, sr, generator.scale)
+            rows = photo_rows(picture, sr) if show else []
+        elif picture.hr is not None or show:
+            added = added_detail(faithful, picture.lr, sr) if show and faithful else None
+            row, line = compare(picture, sr, generator.scale, added)
+            rows = [row]
         try:
             writing.result()
         except OSError as error:
@@ -184,9 +186,7 @@ def main(args):
             faces += photo_table(picture)
         if line:
             scores[picture.name] = line
-        if len(sheet) < SHOWN:
-            if faithful is not None:
-                rows[0]["added detail\nx3, from gray"] = added_detail(faithful, picture.lr, sr)
+        if show:
             sheet[picture.name] = rows
     try:
         if scores:
@@ -194,7 +194,8 @@ def main(args):
         if faces:
             write_csv(table, FACES, faces)
         if sheet:
-            plot_comparison(comparison, [row for name in sorted(sheet) for row in sheet[name]])
+            plot_comparison(comparison, [row for name in sorted(sheet) for row in sheet[name]],
+                            f"{len(sheet)} of {done} shown" * (len(sheet) < done))
     except OSError as error:
         failed(f"{error.filename or args.output}: cannot be written ({error.strerror})")
         sheet = {}
@@ -247,6 +248,8 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
 :is(#faces, #pairs) .grid-container button {aspect-ratio: 2}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
+#scissors button:is([aria-label=Brush], [aria-label=Erase], [aria-label=Color], [aria-label="Brush Size"]) {
+    display: none}
 #desk {max-width: 640px; margin: auto}
 #stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto;
     object-fit: contain !important}
@@ -283,8 +286,8 @@ const name = (selector, names) => document.querySelectorAll(selector).forEach(el
 new MutationObserver(() => {
     for (const element of document.querySelectorAll(".upload-container[aria-label], .empty[aria-label]"))
         element.removeAttribute("aria-label");      // they say other than what is written there
-    for (const text of document.querySelectorAll(".toast-text"))
-        if (text.textContent.includes("image/*")) text.textContent = "That file is not a picture";
+    for (const text of document.querySelectorAll(".toast-message-text"))
+        if (text.textContent.includes("image/*")) text.textContent = "This file is not a picture.";
     name("#compare [data-testid=slider]", {tabindex: 0, role: "separator", "aria-orientation": "vertical",
         "aria-valuenow": 50, "aria-label": "Line between the blurry enlargement and ours: use the arrow keys"});
     name("#compare img", {alt: "The blurry enlargement and ours"});
@@ -598,9 +601,11 @@ def build_app(workshop, study):
                 gr.Examples(samples, [photo, shrink], label="Or try one of these", example_labels=[
                     "Astronaut", "Astronaut, sharp", "Grace Hopper", "Grace Hopper, sharp"])
                 with gr.Accordion("A face was missed? Cut it out by hand", open=False) as scissors:
-                    editor = gr.ImageEditor(type="numpy", image_mode="RGB", height=320, show_label=False, buttons=[],
-                                            sources=["upload"], transforms=["crop"], brush=False, eraser=False,
-                                            layers=False, elem_id="scissors")
+                    gr.Markdown("Click the picture symbol, then the crop symbol; drag the corners, confirm the crop.")
+                    # Without a brush it would have no symbols at all: those are hidden (STYLE).
+                    editor = gr.ImageEditor(type="numpy", image_mode="RGB", height=360, show_label=False, buttons=[],
+                                            sources=[], transforms=["crop"], layers=False, interactive=True,
+                                            elem_id="scissors")
                     cut = gr.Button("Take this part as one face")
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)

@@ -187,44 +187,80 @@ def score(sr, hr):
         ssim_y=float("nan") if small else float(structural_similarity(y_sr, y_hr, data_range=255)))
 
 
-def plot_comparison(path, rows):
-    """Draw a grid of pictures: one row each, a dict from caption to (H, W, 3) uint8."""
+def plot_comparison(path, rows, note=""):
+    """Draw pictures side by side: a list of rows, each a list of cells (title, (H, W, 3) uint8, note) or None. More
+    than four rows stand beside each other; a title is written once above its column; `note` at the foot."""
     from matplotlib.figure import Figure                # slow to import, not always needed
-    cell, caption_height, columns = 2.6, 0.42, max(map(len, rows))      # inches
-    height = len(rows) * (cell + caption_height)
-    figure = Figure(figsize=(cell * columns, height))
-    grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=dict(
-        left=0, right=1, bottom=0, top=1 - caption_height / height, wspace=0.03, hspace=caption_height / cell))
-    for axes, row in zip(grid, rows):
-        for axis in axes:
-            axis.set_axis_off()
-        for axis, (caption, picture) in zip(axes, row.items()):
-            if max(picture.shape) > 1024:       # more than the figure can show
-                size = [max(1, side * 1024 // max(picture.shape)) for side in picture.shape[1::-1]]
-                picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-            axis.imshow(picture, interpolation="nearest")
-            axis.set_title(caption, fontsize=9, parse_math=False)
+    columns = max(map(len, rows))
+    blocks = 1 if len(rows) <= 4 else max(1, 10 // columns)
+    lines = -(-len(rows) // blocks)
+    cell, caption, dpi = 2.6 if blocks == 1 else 1.6, 0.22, 110         # inches
+    width, height = (blocks * columns + (blocks - 1) / 8) * cell, lines * (cell + caption) + 2 * caption
+    figure = Figure(figsize=(width, height))
+    font = dict(ha="center", va="bottom", parse_math=False)
+    for number, row in enumerate(rows):
+        block, line = divmod(number, lines)
+        for column, (title, picture, text) in ((i, part) for i, part in enumerate(row) if part):
+            x, y = (block * (columns + 1 / 8) + column) * cell, height - caption - (line + 1) * (cell + caption)
+            axes = figure.add_axes((x / width, y / height, 0.97 * cell / width, cell / height))
+            axes.set_axis_off()
+            # At its size in the figure: pixels of small pictures, all others smooth.
+            factor = cell * dpi / max(picture.shape)
+            way = cv2.INTER_NEAREST if max(picture.shape) <= 64 else cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
+            size = [max(1, round(side * factor)) for side in picture.shape[1::-1]]
+            axes.imshow(cv2.resize(picture, size, interpolation=way), interpolation="antialiased")
+            x, y = (x + 0.485 * cell) / width, y + cell
+            figure.text(x, (y + 0.05) / height, shortened(text, int(13 * cell)), fontsize=7 if blocks > 1 else 9, **font)
+            if not line:
+                figure.text(x, (y + caption) / height, title, fontsize=8 if blocks > 1 else 10, weight="bold", **font)
+    figure.text(0.5, 0.05 / height, note, fontsize=8, **font)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")      # a name in a script without font
-        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110,
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi,
                                                            metadata={"Software": MARK}))
 
 
-def compare(picture, sr, scale):
-    """Compare a result with bicubic and, where it is known, the ground truth: ([its row for
-    `plot_comparison`], its line of metrics.csv or {})."""
-    # Where there is nothing to score, no larger than the figure shows it.
-    enlarged = enlarge(picture.lr, scale if picture.hr is not None else min(scale, -(-1024 // max(picture.lr.shape))))
-    captions = [f"{picture.name}\nLR {picture.lr.shape[1]}x{picture.lr.shape[0]}", "bicubic\n", "ours\n"]
-    if picture.hr is None:
-        return [dict(zip(captions, (picture.lr, enlarged, sr)))], {}
-    ours, baseline = score(sr, picture.hr), score(enlarged, picture.hr)
-    scores = {**ours, **{f"{name}_bicubic": value for name, value in baseline.items()},
-              "lr_psnr": psnr(to_uint8(downscale(to_tensor([sr]), scale))[0], picture.lr)}
-    captions[1] += f"{baseline['psnr']:.2f} dB / {baseline['ssim']:.3f}"
-    captions[2] += f"{ours['psnr']:.2f} dB / {ours['ssim']:.3f}"
-    captions.append("ground truth\nPSNR / SSIM")
-    return [dict(zip(captions, (picture.lr, enlarged, sr, picture.hr)))], scores
+def shortened(text, length):
+    """Shorten a text in the middle."""
+    return text if len(text) <= length else f"{text[:length // 2 - 1]}…{text[len(text) - length + length // 2:]}"
+
+
+def compare(picture, sr, scale, added=None):
+    """Compare a result with bicubic and, where it is known, the ground truth: (its row for `plot_comparison`, with
+    the picture `added` at its end, its line of metrics.csv or {}). Of a large picture, the row shows the part with
+    most detail."""
+    shown, part, large = picture.lr, picture.lr, sr.shape[0] // len(picture.lr)
+    top, left, side = 0, 0, max(shown.shape)
+    if side > 128:
+        side = min(64, *shown.shape[:2])
+        gray = cv2.cvtColor(shown, cv2.COLOR_RGB2GRAY)
+        detail = cv2.blur(cv2.absdiff(gray, cv2.blur(gray, (5, 5))).astype(np.float32), (side, side), anchor=(0, 0))
+        detail = detail[:len(gray) - side + 1, :len(gray[0]) - side + 1]
+        top, left = (int(place) for place in np.unravel_index(detail.argmax(), detail.shape))
+        part, shown = part[top:top + side, left:left + side], frame(shown, top, left, side)
+    window = np.s_[top * large:(top + side) * large, left * large:(left + side) * large]
+    row = [("LR", shown, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"),
+           ("bicubic", enlarge(part, scale), ""), ("ours", sr[window], "")]
+    scores = {}
+    if picture.hr is not None:
+        baseline, ours = score(enlarge(picture.lr, scale), picture.hr), score(sr, picture.hr)
+        scores = {**ours, **{f"{name}_bicubic": value for name, value in baseline.items()},
+                  "lr_psnr": psnr(to_uint8(downscale(to_tensor([sr]), scale))[0], picture.lr)}
+        row[1:] = [(*cell[:2], f"{values['psnr']:.2f} dB / {values['ssim']:.3f}")
+                   for cell, values in zip(row[1:], (baseline, ours))]
+        row.append(("ground truth", picture.hr[window], "PSNR / SSIM"))
+    if added is not None:
+        row.append(("added detail", added[window], "x3, from gray"))
+    return row, scores
+
+
+def frame(picture, top, left, side, text=""):
+    """Draw a square frame, with a number, into a copy of a picture."""
+    picture, line = picture.copy(), max(1, max(picture.shape) // 400)
+    cv2.rectangle(picture, (left, top), (left + side, top + side), (255, 220, 0), line)
+    cv2.putText(picture, text, (left + 2 * line, top + 12 * line), cv2.FONT_HERSHEY_SIMPLEX, 0.4 * line,
+                (255, 220, 0), line, cv2.LINE_AA)
+    return picture
 
 
 def face_pairs(picture, sr):
@@ -237,21 +273,14 @@ def face_pairs(picture, sr):
 
 
 def photo_rows(picture, sr):
-    """Make a photograph's rows for `plot_comparison`: it with numbered frames and the result, then each face before
-    and after."""
-    framed = picture.lr.copy()
-    line = max(1, max(framed.shape) // 400)
-    for number, patch in enumerate(picture.patches, 1):
-        corners = np.array([[0, 0], [patch.side] * 2]) + [patch.left, patch.top]
-        cv2.rectangle(framed, *corners.tolist(), (255, 220, 0), line)
-        cv2.putText(framed, str(number), (corners[0] + [2 * line, 12 * line]).tolist(), cv2.FONT_HERSHEY_SIMPLEX,
-                    0.4 * line, (255, 220, 0), line, cv2.LINE_AA)
-    cells = {f"{picture.name}\n{picture.lr.shape[1]}x{picture.lr.shape[0]}": framed,
-             f"ours\n{sr.shape[1]}x{sr.shape[0]}": sr}
-    for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1):
-        cells |= zip((f"{number}: {patch.side} pixels\n", f"{number}: {patch.action}\n"), pair)
-    cells = list(cells.items())[:16]
-    return [dict(cells[i:i + 4]) for i in range(0, len(cells), 4)]
+    """Make a photograph's rows for `plot_comparison`: it with numbered frames, and its faces before and after."""
+    framed, faces = picture.lr, []
+    for number, (patch, pair) in enumerate(zip(picture.patches[:8], face_pairs(picture, sr)), 1):
+        framed = frame(framed, patch.top, patch.left, patch.side, str(number))
+        faces.append([("before", pair[0], f"{number}: {patch.side} pixels"), ("after", pair[1], patch.action)])
+    rows = [sum(faces[i:i + 2], []) for i in range(0, len(faces), 2)] or [[]]
+    first = ("photograph", framed, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}")
+    return [[None if i else first, *row] for i, row in enumerate(rows)]
 
 
 def photo_table(picture):

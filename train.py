@@ -82,12 +82,12 @@ def validate(generator, faces, device, features=None):
         pictures.append(Picture(f"{i}", None, lr, hr=hr))
     lines, sheet = [], []
     for picture, sr in upscale_pictures(generator, pictures, batch_size=16):
-        rows, line = compare(picture, sr, generator.scale)
+        row, line = compare(picture, sr, generator.scale)
         if features is not None:
             with torch.no_grad():
                 line["vgg"] = vgg_distance(features, *(to_tensor([x]).to(device) for x in (sr, picture.hr))).item()
         lines.append(line)
-        sheet += rows
+        sheet.append(row)
     return {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}, sheet[:4]
 
 

@@ -1,8 +1,11 @@
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from torch.nn import functional as F
 
 from loss import (
@@ -10,9 +13,11 @@ from loss import (
     LossError,
     VGGFeatures,
     adversarial_loss,
+    compare,
     discriminator_loss,
     lattice_loss,
     luma,
+    plot_comparison,
     psnr,
     score,
     total_variation,
@@ -147,3 +152,39 @@ def test_psnr_and_ssim_by_hand():
 def test_luma_is_bt601_studio_range():
     colours = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 0, 255]]], np.uint8)
     np.testing.assert_allclose(luma(colours), [[16, 235, 81.481, 40.966]])
+
+
+def picture(name, lr, hr=None):
+    return SimpleNamespace(name=name, lr=lr, hr=hr)
+
+
+def test_a_large_picture_is_compared_where_it_has_most_detail():
+    rng = np.random.default_rng(0)
+    hr = np.full((1200, 800, 3), 90, np.uint8)
+    hr[640:720, 320:400] = rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    lr = np.array(Image.fromarray(hr).resize((200, 300), Image.Resampling.BICUBIC))
+    row, scores = compare(picture("a", lr, hr), hr, 4, added=255 - hr)
+    assert [title for title, _, _ in row] == ["LR", "bicubic", "ours", "ground truth", "added detail"]
+    whole, enlarged, ours, truth, added = (part for _, part, _ in row)
+    assert whole.shape == lr.shape and not np.array_equal(whole, lr)  # with a frame
+    assert enlarged.shape == ours.shape == (256, 256, 3) and np.array_equal(ours, truth)
+    assert np.array_equal(added, 255 - ours) and (ours != 90).all(2).sum() > 6000  # all of the detail
+    assert scores["psnr"] == 100 and "100.00 dB" in row[2][2]
+    [small, *_], scores = compare(picture("b", lr[:40, :50]), hr[:160, :200], 4)
+    assert np.array_equal(small[1], lr[:40, :50]) and scores == {}
+
+
+def test_many_rows_stand_beside_each_other_and_long_names_are_shortened(tmp_path, monkeypatch):
+    texts = []
+    draw = Figure.text
+    monkeypatch.setattr(Figure, "text", lambda self, x, y, text, **k: texts.append(text) or draw(self, x, y, text, **k))
+    cell = np.zeros((32, 32, 3), np.uint8)
+    row = [("LR", cell, "a name much longer than its place, which is small.png, 32x32"), ("bicubic", cell, ""), None]
+    for number, blocks in ((2, 1), (12, 3)):
+        texts.clear()
+        plot_comparison(tmp_path / "a.png", [row] * number, "2 of 30 shown")
+        width, height = Image.open(tmp_path / "a.png").size
+        assert width > height and texts.count("LR") == texts.count("bicubic") == blocks
+        names = [text for text in texts if "…" in text]
+        assert len(names) == number and names[0].startswith("a name") and names[0].endswith("32x32")
+        assert "2 of 30 shown" in texts
