@@ -8,6 +8,7 @@ for the GPU between them, so that launches overlap and a slow batch thread shows
 has the same weights, networks and losses in float32 and the default memory format.
 """
 import argparse
+import contextlib
 import itertools
 import os
 import statistics
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from data_loader import find_images, resize_square, sample_faces  # noqa: E402
+from data_loader import find_images, resize_square, sample_faces, to_tensor, to_uint8  # noqa: E402
 from inference import CHECKPOINT, upscale  # noqa: E402
 from loss import VGG_LAYERS, GeneratorLoss, VGGFeatures, discriminator_loss  # noqa: E402
 from model import (  # noqa: E402
@@ -100,6 +101,36 @@ def count_flops(function):
     return counter.get_total_flops()
 
 
+def other_runtimes(generator, dtypes, pictures):
+    """What a user would take instead, where it is installed (pip install onnx onnxscript onnxruntime openvino): a
+    dict of functions that enlarge `pictures`, (N, 32, 32, 3) uint8, with the same weights on the CPU."""
+    net, lr = generator.for_inference(), to_tensor(pictures)
+    net.bicubic_residual = False            # outside, as those exporters do not know it
+
+    def finished(run):
+        def enlarge():
+            lr = to_tensor(pictures)
+            return to_uint8(torch.from_numpy(run(lr.numpy())) + bicubic(lr, net.scale))
+        return enlarge
+
+    runs = {}
+    with contextlib.suppress(ImportError), tempfile.TemporaryDirectory() as folder:
+        import onnxruntime
+        torch.onnx.export(net, (lr,), Path(folder, "net.onnx"), dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(Path(folder, "net.onnx"))
+        [given] = session.get_inputs()
+        runs["ONNX Runtime, float32"] = finished(lambda batch: session.run(None, {given.name: batch})[0])
+    with contextlib.suppress(ImportError):
+        import openvino
+        model = openvino.convert_model(net, example_input=lr)
+        for dtype in dtypes:
+            hint = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(dtype)
+            compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint}) if hint else None
+            if compiled:
+                runs[f"OpenVINO, {str(dtype)[6:]}"] = finished(lambda batch, compiled=compiled: compiled(batch)[0])
+    return runs
+
+
 def measure_upscaling(args, device, dtypes):
     """Faces per second by batch size, and the share of the arithmetic that convolutions reach."""
     generator = load_checkpoint(CHECKPOINT)[0].to(device)
@@ -118,12 +149,19 @@ def measure_upscaling(args, device, dtypes):
         batch, net = np.full((number, 32, 32, 3), 100, np.uint8), generator.for_inference(dtype)
         contestants[dtype, number] = lambda batch=batch, net=net: [
             upscale(net, batch) for _ in range(max(1, 8 // len(batch)))]
-    seconds = take_turns(contestants, device, args.repeats)
+    others = other_runtimes(load_checkpoint(CHECKPOINT)[0], dtypes, np.full((16, 32, 32, 3), 100, np.uint8)) \
+        if device.type == "cpu" else {}
+    seconds = take_turns(contestants | others, device, args.repeats)
+    others = {name: 16 / seconds.pop(name) for name in others}
     plain_rate = 8 / seconds.pop("textbook")
     rates = {(dtype, number): max(number, 8) / value for (dtype, number), value in seconds.items()}
     for (dtype, number), rate in rates.items():
         row(f"upscaling, {str(dtype)[6:]}, batch {number}", f"{rate:.1f} faces/s",
             f"textbook: {plain_rate:.1f} faces/s", f"{rate / plain_rate:.2f}x")
+    for name, rate in others.items():
+        ours = rates[next(dtype for dtype in dtypes if name.endswith(str(dtype)[6:])), 16]
+        row(f"upscaling, batch 16, {name.split(', ')[1]}", f"{ours:.1f} faces/s", f"{name}: {rate:.1f} faces/s",
+            f"{ours / rate:.2f}x")
     for dtype in dtypes:
         reached, most = rates[dtype, 16] * flops, convolution_flops(device, dtype, args.repeats)
         row(f"upscaling, {str(dtype)[6:]}, arithmetic", f"{reached / 1e9:.0f} GFLOP/s",

@@ -306,7 +306,7 @@ def test_a_face_in_the_browser(app, page, faces, tmp_path):
     assert line.bounding_box()["x"] == moved
     expected = command(app, tmp_path / "out", path, "--strength", 0.9)
     assert not np.array_equal(expected, command(app, tmp_path / "out", path))
-    for _ in range(20):  # the knob is live: its result comes by itself
+    for _ in range(100):  # the knob is live: its result comes by itself
         with page.expect_download() as download:
             page.get_by_text("Download ours as PNG").click()
         result = np.array(Image.open(download.value.path()))
@@ -315,6 +315,24 @@ def test_a_face_in_the_browser(app, page, faces, tmp_path):
         page.wait_for_timeout(200)
     assert np.array_equal(result, expected)
     assert download.value.suggested_filename == f"{path.stem}_x4.png"
+
+
+def test_a_face_is_cut_out_by_hand(page, tmp_path):
+    """And what is no picture is called so, in our words."""
+    (tmp_path / "letter.txt").write_text("hello")
+    page.locator("#photo button[aria-label='Remove Image'], #photo button[aria-label=Clear]").first.click()
+    page.get_by_text("An example").wait_for()
+    page.locator("#photo input[type=file]").set_input_files(tmp_path / "letter.txt")
+    page.get_by_text("This file is not a picture.").wait_for()
+    page.locator("#photo input[type=file]").set_input_files(save(tmp_path / "wall.png", (90, 70)))
+    page.get_by_text("no face found").wait_for()
+    page.get_by_text("Cut it out by hand").click()
+    for name in ("Image", "Crop"):
+        page.locator(f"#scissors button[aria-label={name}]").click()
+    page.get_by_text("Confirm crop").click()
+    page.get_by_text("Take this part as one face").click()
+    page.get_by_text(re.compile(r"^\d+ x \d+ → \d+ x \d+ pixels; in")).wait_for()
+    assert page.get_by_label("Treat it as one face").is_checked()
 
 
 def test_ten_ratings_by_keyboard(app, page):
@@ -351,6 +369,23 @@ def test_a_phone_is_wide_enough(page):
         page.get_by_role("tab", name=tab).click()
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+
+
+def test_on_a_phone_the_result_is_in_the_first_screen_and_nothing_jumps(app, page, faces):
+    phone = page.context.browser.new_page(viewport={"width": 390, "height": 844})
+    phone.add_init_script("""window.shifts = 0; new PerformanceObserver(list => {
+        for (const entry of list.getEntries()) window.shifts += entry.value}).observe({type: "layout-shift"})""")
+    phone.goto(app.url)
+    phone.locator("#compare img").first.wait_for()
+    before = phone.locator("#compare").bounding_box()
+    phone.locator("#photo input[type=file]").set_input_files(find_images(faces)[0])
+    phone.get_by_text("128 x 128 → 512 x 512 pixels").wait_for()
+    after = phone.locator("#compare").bounding_box()
+    assert after == before and after["y"] + after["height"] <= 844
+    assert phone.evaluate("window.shifts") < 0.1  # good, by web.dev/cls
+    for selector in ("#compare img", "#photo img"):
+        assert all(image.get_attribute("alt") for image in phone.locator(selector).all())
+    phone.close()
 
 
 def test_nothing_is_left_when_it_ends(app, client, tmp_path):
