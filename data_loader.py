@@ -60,8 +60,6 @@ DAMAGES = ("none", "blur", "blur3", "noise", "jpeg75", "jpeg50", "wild")
 # how many are damaged and, of those, blurred, noisy and JPEG-coded.
 ZOOMS, ZOOM_SHARES = (1, 0.9, 0.8, 0.7, 0.6, 0.55), (0.5, 0.1, 0.1, 0.1, 0.1, 0.1)
 TURNED, HURT, BLURRED, NOISY, CODED = 0.2, 0.5, 0.5, 0.35, 0.5
-
-
 warnings.filterwarnings("ignore", module="PIL")        # PIXELS and `read_image` say what is wrong
 
 

@@ -8,11 +8,8 @@
     python inference.py --ui                             # all that in a browser
     python inference.py --ui --study HR_FOLDER           # with a blind study: people rate pictures
     python inference.py --study-report results/ratings.csv
-
-The functions are the only code path for upscaling and scoring; train.py calls them too.
 """
 import argparse
-import asyncio
 import contextlib
 import functools
 import os
@@ -24,7 +21,7 @@ import time
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,10 +33,10 @@ from tqdm import tqdm
 from data_loader import (DAMAGES, FACES, KERNELS, DataError, choose_output, enlarge, find_images, find_inputs,
                          open_image, printable, read_image, resize_square, sample_faces, simulate, write_csv, write_png)
 from loss import (STUDY_ABSENT, Study, build_study, compare, face_pairs, photo_rows, photo_table, plot_comparison,
-                  plot_opinions, read_ratings, report, study_results)
+                  report, report_study)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, SMALLEST, CheckpointError, DeviceError, FlipEnsemble,
-                   added_detail, enlargement, load_generators, locked, photo_sentence, restore_photos, select_device,
-                   select_dtype, upscale, upscale_pictures)
+                   Picture, added_detail, enlargement, load_generators, locked, photo_sentence, restore_photos,
+                   select_device, select_dtype, upscale, upscale_pictures)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 STRENGTH = 1.0              # of the shipped weights; chosen on the validation faces
@@ -53,17 +50,6 @@ class UsageError(Exception):
 
 
 # The command ----------------------------------------------------------------------------------
-
-@dataclass
-class Picture:
-    """One picture on its way: what was read, and where the result goes."""
-    name: str                           # as it is printed and stands in the tables
-    output: Path
-    lr: np.ndarray                      # (H, W, 3) uint8
-    alpha: np.ndarray | None = None     # (H, W) uint8
-    hr: np.ndarray | None = None        # (sH, sW, 3) uint8
-    patches: list = field(default_factory=list)     # the faces, of a photograph
-
 
 def read_pictures(args, files, scale, taken, failed):
     """Yield a Picture for each input file that can be used; report the others to `failed`."""
@@ -135,7 +121,7 @@ def write_results(results):
 def main(args):
     """Carry out the command; return the exit status: 0 all done, 1 some failed, 2 nothing done."""
     if args.study_report:
-        return report_study(args)
+        return report_study(args.study_report, args.output)
     if args.ui:
         return serve(args)
     started = time.monotonic()
@@ -238,19 +224,17 @@ STYLE = """
     --primary-600: #9a3412; --block-info-text-color: #52525b; --block-label-text-color: #3f3f46}
 .dark {--block-info-text-color: #a1a1aa; --block-label-text-color: #d4d4d8}
 main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility: hidden}   /* until it is whole */
-.or {color: inherit !important}
-.pixels img {image-rendering: pixelated}
+.or {color: inherit !important} .pixels img {image-rendering: pixelated}
 #photo img, .pixels img {width: 100% !important; height: 100% !important; object-fit: contain}
 #work {display: grid; gap: 16px; grid-template: "give show" auto "knobs show" 1fr / minmax(300px, 1fr) minmax(0, 2fr)}
 #give {grid-area: give} #show {grid-area: show} #knobs {grid-area: knobs}
-#status {min-height: 3em}
 #compare img {max-height: 480px !important; object-fit: contain !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
 :is(#faces, #pairs) .grid-container button {aspect-ratio: 2}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
 #scissors button:is([aria-label=Brush], [aria-label=Erase], [aria-label=Color], [aria-label="Brush Size"]) {
     display: none}
-#desk {max-width: 640px; margin: auto}
+#status {min-height: 3em} #desk {max-width: 640px; margin: auto}
 #stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto;
     object-fit: contain !important}
 #stimulus .icon-button-wrapper, footer {display: none}
@@ -267,8 +251,7 @@ document.addEventListener("keydown", event => {
     if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, textarea")) return;
     const button = /^[1-5]$/.test(event.key) && document.getElementById("rate-" + event.key);
     if (button && button.offsetParent && !event.repeat) button.click();
-    const line = event.target.closest("#compare [data-testid=slider]");
-    const step = {ArrowLeft: -16, ArrowRight: 16}[event.key];
+    const line = event.target.closest("[data-testid=slider]"), step = {ArrowLeft: -16, ArrowRight: 16}[event.key];
     if (line && step) {
         const {x, y, width} = line.getBoundingClientRect(), centre = x + width / 2;
         const picture = line.closest("#compare").querySelector("img").getBoundingClientRect();
@@ -291,8 +274,7 @@ new MutationObserver(() => {
     name("#compare [data-testid=slider]", {tabindex: 0, role: "separator", "aria-orientation": "vertical",
         "aria-valuenow": 50, "aria-label": "Line between the blurry enlargement and ours: use the arrow keys"});
     name("#compare img", {alt: "The blurry enlargement and ours"});
-    name("#photo img", {alt: "Your picture"});
-    name("#stimulus img", {alt: "The picture to rate"});
+    name("#photo img", {alt: "Your picture"}); name("#stimulus img", {alt: "The picture to rate"});
     name("#photo button:not([aria-label]):not(.upload-container)", {"aria-label": "Give a picture"});
 }).observe(document, {childList: true, subtree: true});
 addEventListener("unhandledrejection", ({reason}) => reason && reason.name == "NotAllowedError" &&
@@ -359,6 +341,7 @@ class Workshop:
     async def work(self, request, method, *arguments):
         """Carry out method(job, *arguments) in a thread: yield what it is at from time to time, at the end its result,
         or None where it was cancelled. What the same page asked before is given up, and what a closed page asked."""
+        import asyncio      # of no use to the command, which starts sooner without
         page, job, started = request.session_hash, Job(request.client.host, self.worker), time.monotonic()
 
         def run():
@@ -540,8 +523,7 @@ def build_app(workshop, study):
 
     async def enlarge_all(files, strength, request: gr.Request):
         if not files or len(files) > FILES:
-            yield [], None, f"Choose 1 to {FILES} pictures first." if not files else \
-                f"**{len(files)} pictures are too many at once: the limit is {FILES}**"
+            yield [], None, f"Choose 1 to {FILES} pictures first."
             return
         try:
             async for result in workshop.work(request, workshop.enlarge_all, list(map(Path, files)), strength):
@@ -683,16 +665,6 @@ def serve(args):
             app.close(verbose=False)
 
 
-def report_study(args):
-    """Print and plot the results of a study; return the exit status."""
-    lines, text = study_results(read_ratings(args.study_report))
-    args.output.mkdir(parents=True, exist_ok=True)
-    plot = choose_output(Path("mean_opinion_scores.png"), args.output, set())
-    plot_opinions(plot, lines)
-    print(f"{text}\nPlot: {plot}")
-    return 0
-
-
 # Arguments --------------------------------------------------------------------------------------
 
 def parse_arguments(argv=None):
@@ -735,29 +707,24 @@ def parse_arguments(argv=None):
     add("--study-report", type=Path, metavar="CSV", help="print the mean opinion scores of a study, and plot them")
     args = parser.parse_args(argv)
     args.ratings = args.ratings or args.output / "ratings.csv"
-    if args.photo and (not args.inputs or args.hr or args.simulate or args.added):
-        raise UsageError("--photo needs INPUT, and does not go with --simulate, --hr or --added")
-    if (args.enlarge or args.background) and not args.photo:
-        raise UsageError("--enlarge and --background need --photo")
-    if args.study and not args.ui:
-        raise UsageError("--study needs --ui")
-    if args.ui and (args.inputs or args.hr or args.simulate):
-        raise UsageError("--ui takes its pictures in the browser: leave out INPUT, --hr and --simulate")
-    if args.auth is not None and not all(args.auth.partition(":")):
-        raise UsageError("--auth is NAME:PASSWORD")
-    if args.port is not None and not 1 <= args.port <= 65535:
-        raise UsageError("--port must be from 1 to 65535")
-    if not 0 <= args.seed <= 2**32:
-        raise UsageError(f"--seed must be from 0 to {2**32}")
     if args.strength is None:
         args.strength = 1.0 if args.checkpoint else STRENGTH
     args.checkpoint = args.checkpoint or CHECKPOINT
-    if not 0 <= args.strength <= 1:
-        raise UsageError("--strength must be from 0 to 1")
-    if not 1 <= args.batch_size <= 65536:
-        raise UsageError("--batch-size must be from 1 to 65536")
-    if args.hr and not args.inputs:
-        raise UsageError("--hr needs INPUT")
+    for wrong, sentence in (
+            (args.photo and (not args.inputs or args.hr or args.simulate or args.added),
+             "--photo needs INPUT, and does not go with --simulate, --hr or --added"),
+            ((args.enlarge or args.background) and not args.photo, "--enlarge and --background need --photo"),
+            (args.study and not args.ui, "--study needs --ui"),
+            (args.ui and (args.inputs or args.hr or args.simulate),
+             "--ui takes its pictures in the browser: leave out INPUT, --hr and --simulate"),
+            (args.auth is not None and not all(args.auth.partition(":")), "--auth is NAME:PASSWORD"),
+            (args.port is not None and not 1 <= args.port <= 65535, "--port must be from 1 to 65535"),
+            (not 0 <= args.seed <= 2**32, f"--seed must be from 0 to {2**32}"),
+            (not 0 <= args.strength <= 1, "--strength must be from 0 to 1"),
+            (not 1 <= args.batch_size <= 65536, "--batch-size must be from 1 to 65536"),
+            (args.hr and not args.inputs, "--hr needs INPUT")):
+        if wrong:
+            raise UsageError(sentence)
     return args
 
 

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data_loader import (MARK, METRICS, DataError, downscale, enlarge, find_images, printable, read_image, simulate,
-                         square_face, to_tensor, to_uint8, write_atomically, write_csv)
+from data_loader import (MARK, METRICS, DataError, choose_output, downscale, enlarge, find_images, printable,
+                         read_image, simulate, square_face, to_tensor, to_uint8, write_atomically, write_csv)
 from model import CheckpointError, load_plain
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
@@ -197,7 +197,7 @@ def plot_comparison(path, rows, note=""):
     cell, caption, dpi = 2.6 if blocks == 1 else 1.6, 0.22, 110         # inches
     width, height = (blocks * columns + (blocks - 1) / 8) * cell, lines * (cell + caption) + 2 * caption
     figure = Figure(figsize=(width, height))
-    font = dict(ha="center", va="bottom", parse_math=False)
+    font, sizes = dict(ha="center", va="bottom", parse_math=False), (7, 8) if blocks > 1 else (9, 10)
     for number, row in enumerate(rows):
         block, line = divmod(number, lines)
         for column, (title, picture, text) in ((i, part) for i, part in enumerate(row) if part):
@@ -210,9 +210,9 @@ def plot_comparison(path, rows, note=""):
             size = [max(1, round(side * factor)) for side in picture.shape[1::-1]]
             axes.imshow(cv2.resize(picture, size, interpolation=way), interpolation="antialiased")
             x, y = (x + 0.485 * cell) / width, y + cell
-            figure.text(x, (y + 0.05) / height, shortened(text, int(13 * cell)), fontsize=7 if blocks > 1 else 9, **font)
+            figure.text(x, (y + 0.05) / height, shortened(text, int(13 * cell)), fontsize=sizes[0], **font)
             if not line:
-                figure.text(x, (y + caption) / height, title, fontsize=8 if blocks > 1 else 10, weight="bold", **font)
+                figure.text(x, (y + caption) / height, title, fontsize=sizes[1], weight="bold", **font)
     figure.text(0.5, 0.05 / height, note, fontsize=8, **font)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")      # a name in a script without font
@@ -226,9 +226,8 @@ def shortened(text, length):
 
 
 def compare(picture, sr, scale, added=None):
-    """Compare a result with bicubic and, where it is known, the ground truth: (its row for `plot_comparison`, with
-    the picture `added` at its end, its line of metrics.csv or {}). Of a large picture, the row shows the part with
-    most detail."""
+    """Compare a result with bicubic and, where it is known, the ground truth: (its row for `plot_comparison`, with the
+    picture `added` at its end, its line of metrics.csv or {}). Of a large picture, the part with most detail."""
     shown, part, large = picture.lr, picture.lr, sr.shape[0] // len(picture.lr)
     top, left, side = 0, 0, max(shown.shape)
     if side > 128:
@@ -572,3 +571,12 @@ def plot_opinions(path, lines):
     axes.grid(axis="y", alpha=0.3)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": MARK}))
 
+
+def report_study(ratings, output):
+    """Print the results of a file of ratings and plot them into a folder; return the exit status."""
+    lines, text = study_results(read_ratings(ratings))
+    output.mkdir(parents=True, exist_ok=True)
+    plot = choose_output(Path("mean_opinion_scores.png"), output, set())
+    plot_opinions(plot, lines)
+    print(f"{text}\nPlot: {plot}")
+    return 0

@@ -1,4 +1,5 @@
-"""The two networks of SRGAN, the file that keeps them and the device that runs them.
+"""The two networks of SRGAN, the file that keeps them, the device that runs them, and what they do with pictures and
+the faces in photographs.
 
 Generator and Discriminator follow Ledig et al. 2017, "Photo-Realistic Single Image
 Super-Resolution Using a Generative Adversarial Network" (arXiv:1609.04802), section 2.1 and
@@ -14,7 +15,7 @@ import io
 import os
 import zipfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -181,6 +182,17 @@ def upscale(generator, pictures):
         sr[:, top * scale:bottom * scale, left * scale:right * scale] = \
             tile[:, (top - y) * scale:(bottom - y) * scale, (left - x) * scale:(right - x) * scale]
     return sr
+
+
+@dataclass
+class Picture:
+    """One picture on its way: what was read, and where the result goes."""
+    name: str                           # as it is printed and stands in the tables
+    output: Path
+    lr: np.ndarray                      # (H, W, 3) uint8
+    alpha: np.ndarray | None = None     # (H, W) uint8
+    hr: np.ndarray | None = None        # (sH, sW, 3) uint8
+    patches: list = field(default_factory=list)     # the faces, of a photograph
 
 
 def upscale_pictures(generator, pictures, batch_size):

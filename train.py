@@ -34,12 +34,11 @@ from tqdm import tqdm
 
 from data_loader import (FACE_SIZE, DataError, FaceBatches, Prefetch, load_split, simulate, to_tensor,
                          write_atomically)
-from inference import Picture
 from loss import (VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, compare, discriminator_loss, plot_comparison,
                   shifted, vgg_distance)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Discriminator, Generator,
-                   MovingAverage, device_name, load_checkpoint, load_plain, locked, save_checkpoint, save_plain,
-                   select_device, select_dtype, synchronise_batch_norm, upscale_pictures)
+                   MovingAverage, Picture, device_name, load_checkpoint, load_plain, locked, save_checkpoint,
+                   save_plain, select_device, select_dtype, synchronise_batch_norm, upscale_pictures)
 
 STAGES = ("srresnet", "srgan")
 STATE = "training_state.pth"

@@ -426,7 +426,7 @@ def test_nothing_done_is_status_2_and_names_no_figure(run, tmp_path, capsys):
 def test_a_figure_that_cannot_be_written_hides_no_summary(run, tmp_path, capsys, monkeypatch):
     save(tmp_path / "a.png", noise(8, 8))
 
-    def full(path, rows):
+    def full(path, rows, note):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(inference, "plot_comparison", full)
