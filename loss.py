@@ -194,30 +194,31 @@ def plot_comparison(path, rows, note=""):
     columns = max(map(len, rows))
     blocks = 1 if len(rows) <= 4 else max(1, 10 // columns)
     lines = -(-len(rows) // blocks)
-    cell, caption, dpi = 2.6 if blocks == 1 else 1.6, 0.22, 110         # inches
-    width, height = (blocks * columns + (blocks - 1) / 8) * cell, lines * (cell + caption) + 2 * caption
-    figure = Figure(figsize=(width, height))
-    font, sizes = dict(ha="center", va="bottom", parse_math=False), (7, 8) if blocks > 1 else (9, 10)
+    cell, gap, caption, sizes = (280, 8, 24, (9, 10)) if blocks == 1 else (172, 5, 24, (7, 8))      # pixels, points
+    width = blocks * columns * (cell + gap) + (blocks - 1) * 4 * gap
+    canvas = np.full((lines * (cell + caption) + 2 * caption, width, 3), 255, np.uint8)
+    figure, height, font = Figure(dpi=110), len(canvas), dict(ha="center", va="bottom", parse_math=False)
+    figure.set_size_inches(width / 110, height / 110)
     for number, row in enumerate(rows):
         block, line = divmod(number, lines)
+        top = line * (cell + caption) + 2 * caption
         for column, (title, picture, text) in ((i, part) for i, part in enumerate(row) if part):
-            x, y = (block * (columns + 1 / 8) + column) * cell, height - caption - (line + 1) * (cell + caption)
-            axes = figure.add_axes((x / width, y / height, 0.97 * cell / width, cell / height))
-            axes.set_axis_off()
-            # At its size in the figure: pixels of small pictures, all others smooth.
-            factor = cell * dpi / max(picture.shape)
+            left = (block * columns + column) * (cell + gap) + block * 4 * gap
+            # Pixels of small pictures are shown, all others smooth.
+            factor = cell / max(picture.shape)
             way = cv2.INTER_NEAREST if max(picture.shape) <= 64 else cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
             size = [max(1, round(side * factor)) for side in picture.shape[1::-1]]
-            axes.imshow(cv2.resize(picture, size, interpolation=way), interpolation="antialiased")
-            x, y = (x + 0.485 * cell) / width, y + cell
-            figure.text(x, (y + 0.05) / height, shortened(text, int(13 * cell)), fontsize=sizes[0], **font)
+            picture = cv2.resize(picture, size, interpolation=way)
+            canvas[top:top + size[1], left:left + size[0]] = picture
+            x = (left + cell / 2) / width
+            figure.text(x, 1 - (top - 5) / height, shortened(text, cell // 8), fontsize=sizes[0], **font)
             if not line:
-                figure.text(x, (y + caption) / height, title, fontsize=sizes[1], weight="bold", **font)
-    figure.text(0.5, 0.05 / height, note, fontsize=8, **font)
+                figure.text(x, 1 - (top - caption) / height, title, fontsize=sizes[1], weight="bold", **font)
+    figure.text(0.5, 5 / height, note, fontsize=8, **font)
+    figure.figimage(canvas)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")      # a name in a script without font
-        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi,
-                                                           metadata={"Software": MARK}))
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110, metadata={"Software": MARK}))
 
 
 def shortened(text, length):
