@@ -91,7 +91,7 @@ def wait_for(process, condition):
 
 def test_killed_and_resumed_equals_uninterrupted(flags, tmp_path):
     """SIGTERM in the first stage, kill -9 in the second, --resume each time: the same bits."""
-    rhythm = ["--pretrain-steps", "80", "--gan-steps", "80", "--val-every", "60", "--save-every", "7"]
+    rhythm = ["--pretrain-steps", "40", "--gan-steps", "40", "--val-every", "30", "--save-every", "4"]
     train.run([*flags, *rhythm, "--output", str(tmp_path / "whole")])
 
     parts = tmp_path / "parts"
@@ -104,18 +104,18 @@ def test_killed_and_resumed_equals_uninterrupted(flags, tmp_path):
         return state["stage"] == stage and state["progress"]["step"] >= step
 
     process = start(*flags, *rhythm, "--output", str(parts))
-    wait_for(process, lambda: reached("srresnet", 14))
+    wait_for(process, lambda: reached("srresnet", 8))
     process.send_signal(signal.SIGTERM)
     output = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGTERM and "--resume" in output and "Traceback" not in output
     interrupted = load_plain(state_file)
-    assert interrupted["stage"] == "srresnet" and 14 <= interrupted["progress"]["step"] < 80
+    assert interrupted["stage"] == "srresnet" and 8 <= interrupted["progress"]["step"] < 40
 
     process = start("--resume", "--output", str(parts))
-    wait_for(process, lambda: reached("srgan", 14))
+    wait_for(process, lambda: reached("srgan", 8))
     process.kill()
     process.communicate()
-    assert load_plain(state_file)["progress"]["step"] < 80
+    assert load_plain(state_file)["progress"]["step"] < 40
 
     train.run(["--resume", "--output", str(parts)])
     assert_equal(load_plain(tmp_path / "whole" / train.STATE), load_plain(state_file))
