@@ -1,11 +1,14 @@
 """Small things the tests make for themselves: drawn faces, random VGG weights, a tiny network."""
 
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from torch import nn
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # small networks: threads would wait for each other
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -450,21 +450,6 @@ def test_a_large_picture_does_not_hold_up_a_face(workshop):
         assert not large.done()
 
 
-def test_who_does_not_know_the_password_stays_outside(tiny_checkpoint, app_flags):
-    process = subprocess.Popen([sys.executable, ROOT / "inference.py", *app_flags, "--auth", "me:a:b"], text=True,
-                               stdout=subprocess.PIPE, env=os.environ | {"BROWSER": "true"})
-    try:
-        address = re.search("http://[^ ]+", process.stdout.readline())[0]
-        assert httpx.get(f"{address}gradio_api/info").status_code == 401
-        assert httpx.post(f"{address}login", data={"username": "me", "password": "a"}).status_code == 400
-        with httpx.Client() as me:
-            assert me.post(f"{address}login", data={"username": "me", "password": "a:b"}).status_code == 200
-            assert me.get(f"{address}gradio_api/info").status_code == 200
-    finally:
-        process.kill()
-        process.wait()
-
-
 def test_uploads_are_deleted_under_load_and_samples_stay(workshop, tmp_path, monkeypatch):
     """700 files of 8 clients come while old ones go; what was there at the start stays."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
@@ -487,15 +472,22 @@ def test_uploads_are_deleted_under_load_and_samples_stay(workshop, tmp_path, mon
     assert {str(path) for path in tmp_path.rglob("*") if path.is_file()} == samples | {str(fresh)}
 
 
-def test_folders_of_killed_processes_are_removed_at_the_next_start(app_flags, tmp_path):
+def test_folders_of_killed_processes_are_removed_and_the_password_is_asked_for(app_flags, tmp_path):
     first, second = (tmp_path / "tmp" / f"face-srgan-{name}" for name in ("dead", "alive"))
     for folder in (first, second):
         folder.mkdir(parents=True)
         (folder / "upload.png").touch()
     with locked(second):
-        process = subprocess.Popen([sys.executable, ROOT / "inference.py", *app_flags], stdout=subprocess.PIPE, text=True,
-                                   env=os.environ | {"BROWSER": "true", "TMPDIR": str(tmp_path / "tmp")})
-        assert "Face SRGAN is at" in process.stdout.readline()
+        process = subprocess.Popen([sys.executable, ROOT / "inference.py", *app_flags, "--auth", "me:a:b"], text=True,
+                                   env=os.environ | {"BROWSER": "true", "TMPDIR": str(tmp_path / "tmp")},
+                                   stdout=subprocess.PIPE)
+        address = re.search("http://[^ ]+", process.stdout.readline())[0]
+        # And who does not know the password stays outside.
+        assert httpx.get(f"{address}gradio_api/info").status_code == 401
+        assert httpx.post(f"{address}login", data={"username": "me", "password": "a"}).status_code == 400
+        with httpx.Client() as me:
+            assert me.post(f"{address}login", data={"username": "me", "password": "a:b"}).status_code == 200
+            assert me.get(f"{address}gradio_api/info").status_code == 200
         assert not first.exists() and (second / "upload.png").exists()
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 130

@@ -190,7 +190,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys):
         assert "--photo" in error and len(error.strip().splitlines()) == 1
 
 
-def test_cutting_a_set_to_train_on(portraits, tmp_path):
+def test_cutting_a_set_to_train_on(portraits, tmp_path, capsys):
     """Upright in FFHQ's frame; not what is small, blurred or cut off; over nothing that is there."""
     photo, truth = compose(portraits, [
         ("hopper", 200, 1, 10, 10), ("astronaut", 160, 0, 300, 20), ("hopper", 60, 0, 560, 20),
@@ -202,11 +202,8 @@ def test_cutting_a_set_to_train_on(portraits, tmp_path):
     (tmp_path / "in" / "broken.jpg").write_bytes(b"no picture")
     out = tmp_path / "out"
 
-    def run():
-        return subprocess.run([sys.executable, data_loader.__file__, tmp_path / "in", "--output", out],
-                              capture_output=True, text=True)
-
-    done = run()
+    done = subprocess.run([sys.executable, data_loader.__file__, tmp_path / "in", "--output", out],
+                          capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "broken.jpg: not a picture" in done.stderr and "2 cut" in done.stdout and "1 not sharp" in done.stdout
     assert "smaller than 128" in done.stdout
@@ -219,6 +216,8 @@ def test_cutting_a_set_to_train_on(portraits, tmp_path):
         soft = [cv2.GaussianBlur(picture, (0, 0), 5).ravel() for picture in (cut, resize_square(square, 128))]
         assert np.corrcoef(soft)[0, 1] > 0.9
     (out / files[0]).write_bytes(b"mine")
-    assert "2 already there" in run().stdout and (out / files[0]).read_bytes() == b"mine"
-    assert "there is no such file" in subprocess.run(
-        [sys.executable, data_loader.__file__, tmp_path / "none", "--output", out], capture_output=True, text=True).stderr
+    capsys.readouterr()
+    assert data_loader.cut_faces([tmp_path / "in"], out) == 1
+    assert "2 already there" in capsys.readouterr().out and (out / files[0]).read_bytes() == b"mine"
+    assert data_loader.cut_faces([tmp_path / "none"], out) == 2
+    assert "there is no such file" in capsys.readouterr().err

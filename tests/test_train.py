@@ -286,12 +286,12 @@ def test_each_network_has_its_learning_rate(stage):
 
 
 def test_discriminator_learns_to_tell_real_from_generated(stage):
-    """D(real) and D(fake) must part: in the closest peer both are 1.0 from the second epoch on."""
+    """D(real) and D(fake) must part, the generator waiting: in the closest peer both are 1.0 from epoch 2 on."""
     srgan = stage(
-        "srgan", "--gan-steps", "100000", "--gan-lr", "1e-3", "--vgg-weight", "0",
+        "srgan", "--gan-steps", "100000", "--gan-lr", "1e-9", "--discriminator-lr", "1e-3", "--vgg-weight", "0",
         "--patch-size", "32", "--batch-size", "8", "--degradation", "bicubic",
     )
-    for _ in range(160):
+    for _ in range(80):
         srgan.train_step()
     srgan.sums, srgan.count = {}, 0
     for _ in range(20):
@@ -589,17 +589,20 @@ def test_compiled_networks_train_the_same(stage, monkeypatch):
         assert (compiled[key] - expected).norm() < 0.01 * expected.norm(), key
 
 
-@pytest.mark.parametrize("compiler", ["/nonexistent/c++", "false"])
-def test_without_a_compiler_one_sentence(compiler, tmp_path):
+def test_without_a_compiler_one_sentence(tmp_path):
     """One that is missing, and one that fails."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--dry-run", "--compile", "--device", "cpu"],
-        capture_output=True, text=True,
-        env=os.environ | {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-    )
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("train.py: the networks cannot be compiled"), done.stderr
-    assert "Traceback" not in done.stderr
+    processes = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "train.py", "--dry-run", "--compile", "--device", "cpu"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / str(number))},
+        )
+        for number, compiler in enumerate(("/nonexistent/c++", "false"))
+    ]
+    for process in processes:
+        error = process.communicate()[1]
+        assert process.returncode == 1 and "Traceback" not in error
+        assert error.splitlines()[-1].startswith("train.py: the networks cannot be compiled"), error
 
 
 def test_users_mistakes_are_one_sentence(flags, tmp_path):
