@@ -305,7 +305,7 @@ def test_ground_truth_that_does_not_fit_is_named(run, tmp_path, capsys):
 
 def test_batches_and_tiles_change_nothing(shipped, monkeypatch, faces):
     """One at a time, together and in tiles: the same picture to one grey level."""
-    pictures = [read_image(path)[0][:96, :112] for path in find_images(faces)[:3]]
+    pictures = [read_image(path)[0][:96, :112] for path in find_images(faces)[:2]]
     whole = upscale(shipped, pictures).astype(int)
     single = np.concatenate([upscale(shipped, [picture]) for picture in pictures])
     monkeypatch.setattr(model, "TILE", 40)

@@ -160,8 +160,8 @@ def test_the_command_writes_the_picture_the_table_and_the_figure(portraits, tmp_
     out.mkdir()
     (out / "faces.csv").write_text("mine")
     call = [str(tmp_path / "in"), "--photo", "--output", str(out), "--device", "cpu"]
-    for _ in range(2):      # the second time over its own results
-        assert inference.run(call) == 1
+    for more in ([], ["--background", "bicubic"]):     # the second time over its own results
+        assert inference.run(call + more) == 1
         said = capsys.readouterr()
         assert "party: 2 faces, 1 restored, 1 left as is (sharp already)" in said.out
         assert "sub/coffee: no face found" in said.out and "broken.jpg: not a picture" in said.err
