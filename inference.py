@@ -402,7 +402,7 @@ class Workshop:
                 raise DataError(f"{path} has {width} x {height} pixels, too many: the limit is {limit:,} in all"
                                 f"{' for one face; please cut it out' * (limit == LIMIT)}, or reduce the picture first")
             (lr, alpha), hr = read_image(path), None
-            if shrink and min(width, height) < 2 * SMALLEST * self.scale:
+            if shrink and min(width, height) < SMALLEST * self.scale:
                 raise DataError(f"{path} has {width} x {height} pixels, which is small already: leave out “shrink it "
                                 "first”")
             if shrink:

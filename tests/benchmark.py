@@ -75,14 +75,15 @@ def command(*arguments):
 class Textbook(nn.Module):
     """The generator as the paper draws it, layer after layer."""
 
-    def __init__(self, generator):
+    def __init__(self, generator, bicubic_residual=True):
         super().__init__()
-        self.generator = generator
+        self.generator, self.bicubic_residual = generator, bicubic_residual
 
     def forward(self, lr):
         net = self.generator
         features = net.head(lr)
-        return net.tail(net.upsample(features + net.body(features))) + bicubic(lr, net.scale)
+        sr = net.tail(net.upsample(features + net.body(features)))
+        return sr + bicubic(lr, net.scale) if self.bicubic_residual else sr
 
 
 def convolution_flops(device, dtype, repeats):
@@ -103,14 +104,15 @@ def count_flops(function):
 
 def other_runtimes(generator, dtypes, pictures):
     """What a user would take instead, where it is installed (pip install onnx onnxscript onnxruntime openvino): a
-    dict of functions that enlarge `pictures`, (N, 32, 32, 3) uint8, with the same weights on the CPU."""
-    net, lr = generator.for_inference(), to_tensor(pictures)
-    net.bicubic_residual = False            # outside, as those exporters do not know it
+    dict of functions that enlarge `pictures`, (N, 32, 32, 3) uint8, with the textbook network on the CPU; both
+    runtimes fold and fuse it by themselves."""
+    # The bicubic part is added outside: the exporters do not know it.
+    net, lr = Textbook(generator, bicubic_residual=False).eval().requires_grad_(False), to_tensor(pictures)
 
     def finished(run):
         def enlarge():
             lr = to_tensor(pictures)
-            return to_uint8(torch.from_numpy(run(lr.numpy())) + bicubic(lr, net.scale))
+            return to_uint8(torch.from_numpy(run(lr.numpy())) + bicubic(lr, generator.scale))
         return enlarge
 
     runs = {}

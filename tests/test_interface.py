@@ -125,7 +125,7 @@ def test_the_download_is_what_the_command_writes(app, client, tmp_path):
     assert re.fullmatch(r"12 x 10 → 48 x 40 pixels; in \d\.\d\d s on the CPU", result.line)
 
 
-def test_shrink_first_shows_the_truth_and_scores(app, client, tmp_path):
+def test_shrink_first_shows_the_truth_and_scores(app, client, faces, tmp_path):
     path = save(tmp_path / "sharp.png", (162, 160))
     result = upscale(client, path, shrink=True, added=True)
     assert np.array_equal(result.download, command(app, tmp_path / "out", path, "--simulate"))
@@ -135,6 +135,7 @@ def test_shrink_first_shows_the_truth_and_scores(app, client, tmp_path):
     faithful = command(app, tmp_path / "out", path, "--simulate", "--strength", 0)
     difference = np.clip((result.ours.astype(int) - faithful) * 3 + 128, 0, 255)
     assert np.abs(difference - result.invented).max() <= 1 and difference.std() > 5
+    assert upscale(client, find_images(faces)[0], shrink=True).lr.shape == (32, 32, 3)
 
 
 def test_a_photograph_is_searched_for_faces(app, client, tmp_path):
