@@ -34,7 +34,7 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 PRECISION_HELP = ("of the networks' arithmetic; auto: bfloat16 where the hardware computes in it, float16 on Volta and "
                   "Turing, else float32, which is never TF32 [%(default)s]")
 CONTENT = 2 * 10**9         # bytes that a .pth file may unpack to; VGG19 has 0.55
-TILE, OVERLAP = 288, 20     # LR pixels; what lies further away changes a pixel by under a grey level
+TILE, OVERLAP = 288, 24     # LR pixels; what lies further away changes three values in a million by two grey levels
 CUDA_FULL = "the GPU's memory is full; try a smaller --batch-size, or --device cpu"
 
 
