@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -481,7 +482,7 @@ def test_folders_of_killed_processes_are_removed_and_the_password_is_asked_for(a
     with locked(second):
         process = subprocess.Popen([sys.executable, ROOT / "inference.py", *app_flags, "--auth", "me:a:b"], text=True,
                                    env=os.environ | {"BROWSER": "true", "TMPDIR": str(tmp_path / "tmp")},
-                                   stdout=subprocess.PIPE)
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         address = re.search("http://[^ ]+", process.stdout.readline())[0]
         # And who does not know the password stays outside.
         assert httpx.get(f"{address}gradio_api/info").status_code == 401
@@ -489,9 +490,14 @@ def test_folders_of_killed_processes_are_removed_and_the_password_is_asked_for(a
         with httpx.Client() as me:
             assert me.post(f"{address}login", data={"username": "me", "password": "a:b"}).status_code == 200
             assert me.get(f"{address}gradio_api/info").status_code == 200
+            # While it computes, SIGTERM ends it at once and in silence.
+            large = save(tmp_path / "large.png", (1000, 1000)).read_bytes()
+            upload = me.post(f"{address}gradio_api/upload", files={"files": large}).json()[0]
+            me.post(f"{address}gradio_api/call/upscale", json={"data": [{"path": upload}, 1, False, False, True]})
+            time.sleep(0.3)
         assert not first.exists() and (second / "upload.png").exists()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 130
+        assert process.wait(20) == 130 and "terminate called" not in process.stderr.read()
     assert [path.name for path in (tmp_path / "tmp").glob("face-srgan-*")] == [second.name]
 
 
