@@ -2,6 +2,7 @@
 
     python inference.py                                  # a few sample faces: what this project does
     python inference.py FOLDER photo.png                 # upscale files and folders into results/
+    python inference.py FACES --scale 8                  # eight times, for faces of some 16 pixels
     python inference.py party.jpg --photo                # find the faces in photographs and restore them
     python inference.py LR_FOLDER --hr HR_FOLDER         # and score against the ground truth
     python inference.py HR_FOLDER --simulate             # reduce the pictures first, then the same
@@ -20,7 +21,7 @@ import tempfile
 import time
 import zipfile
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,13 +31,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_loader import (DAMAGES, FACES, KERNELS, DataError, choose_output, enlarge, find_images, find_inputs,
-                         open_image, printable, read_image, resize_square, sample_faces, simulate, write_csv, write_png)
+from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_output, enlarge, find_images,
+                         find_inputs, open_image, printable, read_image, resize_square, sample_faces, simulate,
+                         write_csv, write_png)
 from loss import (STUDY_ABSENT, Study, build_study, compare, face_pairs, photo_rows, photo_table, plot_comparison,
                   report, report_study)
-from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, SMALLEST, CheckpointError, DeviceError, FlipEnsemble,
+from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, FlipEnsemble,
                    Picture, added_detail, enlargement, load_generators, locked, photo_sentence, restore_photos,
-                   select_device, select_dtype, upscale, upscale_pictures)
+                   select_device, select_dtype, siblings, upscale, upscale_pictures)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 STRENGTH = 1.0              # of the shipped weights; chosen on the validation faces
@@ -69,18 +71,16 @@ def read_pictures(args, files, scale, taken, failed):
                 lr, hr = simulate(lr, scale, args.kernel, args.damage)
                 alpha = None
             elif args.hr:
-                truth = truths.get(relative.with_suffix(""))
-                if truth is None:
-                    failed(f"{path}: no ground truth with this name in {args.hr}; upscaled, not scored")
-                else:
-                    try:
-                        hr = read_image(truth)[0]
-                        if hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
-                            raise DataError(f"{truth}: {hr.shape[1]}x{hr.shape[0]} pixels, not {scale} times "
-                                            f"{lr.shape[1]}x{lr.shape[0]}")
-                    except DataError as error:
-                        failed(f"{error}; upscaled, not scored")
-                        hr = None
+                try:
+                    if (truth := truths.get(relative.with_suffix(""))) is None:
+                        raise DataError(f"{path}: no ground truth with this name in {args.hr}")
+                    hr = read_image(truth)[0]
+                    if hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
+                        raise DataError(f"{truth}: {hr.shape[1]}x{hr.shape[0]} pixels, not {scale} times "
+                                        f"{lr.shape[1]}x{lr.shape[0]}")
+                except DataError as error:
+                    failed(f"{error}; upscaled, not scored")
+                    hr = None
             factor = enlargement(lr, args.enlarge) if args.photo else scale
             height, width = lr.shape[:2]
             if height * width * factor ** 2 > RESULT_LIMIT:
@@ -194,9 +194,10 @@ def main(args):
 
 # The interface ----------------------------------------------------------------------------------
 
-LIMIT = 1_000_000           # pixels of a picture that goes through the network whole; more would take minutes on a CPU
+ENLARGED = 16_000_000       # pixels of what the network gives; more would take minutes on a CPU
 PHOTO_LIMIT = 16_000_000    # pixels of a photograph, of which only the faces do
 FACE_AT_MOST = 64           # pixels a side: what is larger is a photograph
+SHARP_FROM = 80             # pixels a side: what is smaller is not shrunk
 SCREEN = 2048               # pixels a side of what the slider shows
 FILES = 200                 # pictures at a time in the Folder tab
 WAITING = 32                # pictures of one address at a time
@@ -205,7 +206,7 @@ KEPT = 10                   # minutes until an uploaded picture and its result a
 INTRODUCTION = """# Face SRGAN
 Give a small picture of a face, see it large and sharp; or a photograph, whose faces are found. **What is
 added is invented**: one of many faces that fit, no evidence of who somebody is. Never identify anyone by it."""
-EXAMPLE = "An example: an astronaut from 32 x 32 pixels. Give a picture of your own to see it here instead."
+EXAMPLE = "An example: an astronaut from {0} x {0} pixels. Give a picture of your own to see it here instead."
 DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
 WORDS = """
 - **Blurry enlargement**: the ordinary way to enlarge a picture (bicubic). It invents nothing.
@@ -293,24 +294,16 @@ def only_this_host(app):
     return wrapped
 
 
-class Cancelled(Exception):
-    """Nobody waits for this result any more."""
+class AtWork(torch.nn.Module):
+    """A generator at work for a job: its tiles take turns with those of others, and end when nobody waits."""
 
-
-class Job(torch.nn.Module):
-    """A generator at work for one upload: its tiles take turns with those of others, and end when nobody waits."""
-
-    def __init__(self, host, worker):
+    def __init__(self, generator, job, worker):
         super().__init__()
-        self.host, self.worker, self.gone, self.text, self.generator = host, worker, False, "Working", None
-
-    def use(self, generator):
-        self.generator, self.scale = generator, generator.scale
-        return self
+        self.generator, self.scale, self.job, self.worker = generator, generator.scale, job, worker
 
     def forward(self, lr):
-        if self.gone:
-            raise Cancelled
+        if self.job.gone:
+            raise CancelledError
         return self.worker.submit(self.generator, lr).result()
 
 
@@ -323,29 +316,32 @@ class Workshop:
         self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
         self.device = select_device(args.device)
         self.dtype = select_dtype(args.precision, self.device)
-        self.generator = functools.lru_cache(maxsize=24)(self._generator)       # the knob has 21 places
-        self.scale = self.generator(args.strength).scale
-        self.has_knob = args.checkpoint.with_name(f"srresnet_x{self.scale}.pth").exists()
+        self.files = siblings(args.checkpoint)                                  # by scale
+        self.scale = next(scale for scale, path in self.files.items() if path == args.checkpoint)
+        self.has_knob = all(path.with_name(f"srresnet_x{scale}.pth").exists() for scale, path in self.files.items())
+        self.generator = functools.lru_cache(maxsize=48)(self._generator)       # the knob has 21 places
         self.upscale(np.zeros((32, 32, 3), np.uint8), args.strength)            # the first one is slow
 
-    def _generator(self, strength):
-        generator = load_generators(self.args.checkpoint, strength)[0].for_inference(self.dtype).to(self.device)
+    def _generator(self, strength, scale):
+        generator = load_generators(self.files[scale], strength)[0].for_inference(self.dtype).to(self.device)
         return FlipEnsemble(generator) if self.args.flip else generator
 
-    def network(self, strength, job=None):
-        """The generator of a strength, at work for a Job. Raises UsageError for what is no strength."""
+    def network(self, strength, job=None, scale=None):
+        """The generator of a strength and scale, at work for a job. Raises UsageError for what is neither."""
         if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
             raise UsageError("Strength is a number from 0 to 1")
-        return (job or Job("", self.worker)).use(self.generator(round(strength, 2)))
+        generator = self.generator(round(strength, 2), scale or self.scale)
+        return AtWork(generator, job or SimpleNamespace(gone=False), self.worker)
 
     async def work(self, request, method, *arguments):
         """Carry out method(job, *arguments) in a thread: yield what it is at from time to time, at the end its result,
         or None where it was cancelled. What the same page asked before is given up, and what a closed page asked."""
         import asyncio      # of no use to the command, which starts sooner without
-        page, job, started = request.session_hash, Job(request.client.host, self.worker), time.monotonic()
+        page, started = request.session_hash, time.monotonic()
+        job = SimpleNamespace(host=request.client.host, gone=False, text="Working")
 
         def run():
-            with contextlib.suppress(Cancelled):
+            with contextlib.suppress(CancelledError):
                 return method(job, *arguments)
 
         self.cancel(page)
@@ -380,54 +376,54 @@ class Workshop:
     def upscale(self, lr, strength):
         return upscale(self.network(strength), [lr])[0]
 
-    def restore(self, job, picture, strength, whole=True):
+    def restore(self, job, picture, strength, whole, scale):
         """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces."""
-        generator = self.network(strength, job)
         if whole or max(picture.lr.shape) <= FACE_AT_MOST:
-            return upscale(generator, [picture.lr])[0]
-        [(_, sr)] = restore_photos(generator, [picture], self.args.batch_size)
+            return upscale(self.network(strength, job, scale), [picture.lr])[0]
+        [(_, sr)] = restore_photos(self.network(strength, job, min(self.files)), [picture], self.args.batch_size)
         return sr
 
-    def read(self, path, output, shrink=False, whole=True):
+    def read(self, path, output, scale, shrink=False, whole=True):
         """Read an upload as a Picture; nothing else of this machine, whatever a request names. Raises DataError."""
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise DataError("This picture was not uploaded here")
         if not path.is_file():
             raise DataError(f"{path.name} has been deleted by now, as promised below; please give it again")
-        limit = LIMIT * self.scale ** 2 if shrink else LIMIT if whole else PHOTO_LIMIT
+        limit = ENLARGED if shrink else ENLARGED // scale ** 2 if whole else PHOTO_LIMIT
         try:
             with open_image(path) as image:
                 width, height = image.size
             if width * height > limit:
-                raise DataError(f"{path} has {width} x {height} pixels, too many: the limit is {limit:,} in all"
-                                f"{' for one face; please cut it out' * (limit == LIMIT)}, or reduce the picture first")
+                hint = " for one face; please cut it out" * (whole and not shrink)
+                raise DataError(f"{path} has {width} x {height} pixels, too many: the limit is {limit:,} in all{hint}, "
+                                "or reduce the picture first")
             (lr, alpha), hr = read_image(path), None
-            if shrink and min(width, height) < SMALLEST * self.scale:
+            if shrink and min(width, height) < SHARP_FROM:
                 raise DataError(f"{path} has {width} x {height} pixels, which is small already: leave out “shrink it "
                                 "first”")
             if shrink:
-                (lr, hr), alpha = simulate(lr, self.scale, self.args.kernel, self.args.damage), None
+                (lr, hr), alpha = simulate(lr, scale, self.args.kernel, self.args.damage), None
         except DataError as error:
             raise DataError(str(error).replace(str(path), path.name)) from None
         return Picture(path.stem, output, lr, alpha, hr)
 
-    def enlarge(self, job, path, strength, shrink, added, whole):
+    def enlarge(self, job, path, strength, shrink, added, whole, scale):
         """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, no
         larger than a screen), the pictures LR and truth (after shrinking) and what was invented, or None, the pairs
         of faces with captions, and one line on what was done."""
         started, folder = time.monotonic(), Path(tempfile.mkdtemp(dir=self.folder))
-        picture = self.read(path, folder / f"{path.stem}_x{self.scale}.png", shrink, whole)
-        sr = self.restore(job, picture, strength, whole or shrink)
-        if picture.patches or sr.shape[0] != picture.lr.shape[0] * self.scale:
-            picture.output = folder / f"{path.stem}_restored.png"
+        if scale not in self.files:
+            raise UsageError(f"Enlargement is one of {', '.join(map(str, sorted(self.files)))}")
+        picture = self.read(path, folder / f"{path.stem}_x{scale}.png", scale, shrink, whole)
+        sr = self.restore(job, picture, strength, whole or shrink, scale)
         factor = len(sr) // len(picture.lr)
+        if picture.patches or factor != scale:
+            picture.output = folder / f"{path.stem}_restored.png"
         write_result(picture, sr)
-        bicubic, scores = enlarge(picture.lr, factor), {}
-        if picture.hr is not None:
-            _, scores = compare(picture, sr, self.scale)
+        bicubic, scores = enlarge(picture.lr, factor), {} if picture.hr is None else compare(picture, sr, scale)[1]
         invented = None
-        if added and not picture.patches and factor == self.scale:
-            invented = added_detail(self.network(0, job), picture.lr, sr)
+        if added and not picture.patches and factor == scale:
+            invented = added_detail(self.network(0, job, scale), picture.lr, sr)
         pair = [picture.output, folder / "bicubic.png"]
         if max(sr.shape) <= SCREEN:
             write_result(replace(picture, output=pair[1]), bicubic)
@@ -458,8 +454,9 @@ class Workshop:
             for number, path in enumerate(paths, 1):
                 job.text = f"Picture {number} of {len(paths)}"
                 try:
-                    picture = self.read(path, choose_output(Path(path.name), folder, taken), whole=False)
-                    sr = self.restore(job, picture, strength, whole=False)
+                    output = choose_output(Path(path.name), folder, taken)
+                    picture = self.read(path, output, self.scale, whole=False)
+                    sr = self.restore(job, picture, strength, False, self.scale)
                     write_result(picture, sr)
                     pack.write(picture.output, picture.output.name)
                     pair = np.hstack([enlarge(picture.lr, len(sr) // len(picture.lr)), sr])
@@ -481,19 +478,19 @@ def build_app(workshop, study):
     """Build the page, a gr.Blocks; `study` is a Study or None."""
     import gradio as gr
 
-    async def upscale_one(photo, strength, shrink, added, whole, request: gr.Request):
-        path = Path(photo or samples[0][0])
+    async def upscale_one(photo, strength, shrink, added, whole, scale, request: gr.Request):
+        path = Path(photo or examples.get(scale, ""))
         try:
-            async for result in workshop.work(request, workshop.enlarge, path, strength, shrink, added, whole):
+            async for result in workshop.work(request, workshop.enlarge, path, strength, shrink, added, whole, scale):
                 if isinstance(result, str):
                     yield {status: result, cancel: gr.Button(interactive=True)}
-                else:       # None: cancelled
-                    yield shown(result) | ({} if photo else {status: EXAMPLE}) if result else \
-                        {cancel: gr.Button(interactive=False)}
-        except UsageError as error:
-            yield {status: f"**{error}**"}
-        except (DataError, CheckpointError, OSError, MemoryError) as error:
-            yield shown(None) | {status: f"**{error or 'Not enough memory for this picture'}**"}
+                elif result is None:        # cancelled
+                    yield {cancel: gr.Button(interactive=False)}
+                else:
+                    yield shown(result) | ({} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
+        except (UsageError, DataError, CheckpointError, OSError, MemoryError) as error:
+            cleared = {} if isinstance(error, UsageError) else shown(None)
+            yield cleared | {status: f"**{error or 'Not enough memory for this picture'}**"}
 
     def shown(result):
         """What the page shows of a result of Workshop.enlarge, or of None."""
@@ -510,9 +507,8 @@ def build_app(workshop, study):
 
     def look(file):
         """Say so when a result has been deleted."""
-        if not file or Path(file).exists():
-            return gr.skip()
-        return DELETED, gr.DownloadButton(interactive=False), gr.Timer(active=False)
+        gone = file and not Path(file).exists()
+        return (DELETED, gr.DownloadButton(interactive=False), gr.Timer(active=False)) if gone else gr.skip()
 
     def cut_out(picture):
         if picture is None or picture["composite"] is None:
@@ -531,8 +527,8 @@ def build_app(workshop, study):
                     yield gr.skip(), gr.skip(), result
                 elif result:
                     pairs, archive, problems = result
-                    lines = [f"{len(pairs)} enlarged, {len(problems)} could not be read."]
-                    yield pairs, archive, "\n".join(lines + [f"- {line}" for line in problems])
+                    text = f"{len(pairs)} enlarged, {len(problems)} could not be read."
+                    yield pairs, archive, "\n- ".join([text, *problems])
         except (DataError, CheckpointError, UsageError, OSError, MemoryError) as error:
             yield [], None, f"**{error or 'Not enough memory'}**"
 
@@ -544,13 +540,17 @@ def build_app(workshop, study):
 
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=220,
                               visible=False)
-    samples = []
+    samples, titles, examples = [], [], {}
     for name, face in sample_faces().items():
-        for hr in (False, True):
-            path = workshop.folder / f"{name}{'_sharp' * hr}.png"
-            write_png(path, face if hr else simulate(face, workshop.scale)[0])
-            samples.append([str(path), hr])
-    first = workshop.enlarge(None, Path(samples[0][0]), workshop.args.strength, False, False, False)
+        pictures = {scale: simulate(face, scale)[0] for scale in sorted(workshop.files)} | {None: face}
+        for scale, picture in pictures.items():
+            path = workshop.folder / f"{name}_{len(picture)}.png"
+            write_png(path, picture)
+            examples.setdefault(scale, str(path))
+            samples.append([str(path), scale is None, scale or workshop.scale])
+            titles.append(f"{name.replace('_', ' ').title()}, {len(picture)} x {len(picture)}")
+    first = workshop.enlarge(None, Path(examples[workshop.scale]), workshop.args.strength, False, False, False,
+                             workshop.scale)
 
     with gr.Blocks(title="Face SRGAN", analytics_enabled=False) as app:
         gr.Markdown(INTRODUCTION)
@@ -563,7 +563,7 @@ def build_app(workshop, study):
             with gr.Column(elem_id="show"):
                 slider = gr.ImageSlider(first.pair, label="Blurry enlargement | ours: drag the line", height=480,
                                         type="filepath", interactive=False, buttons=["fullscreen"], elem_id="compare")
-                status = gr.Markdown(EXAMPLE, elem_id="status")
+                status = gr.Markdown(EXAMPLE.format(FACE_SIZE // workshop.scale), elem_id="status")
                 with gr.Row():
                     download = gr.DownloadButton("Download ours as PNG", first.file, variant="primary")
                     cancel = gr.Button("Cancel", interactive=False)
@@ -574,14 +574,16 @@ def build_app(workshop, study):
                     truth = small(label="The truth")
                     invented = small(label="What was invented")
             with gr.Column(elem_id="knobs"):
+                scale = gr.Radio([(f"{scale}x", scale) for scale in sorted(workshop.files)], value=workshop.scale,
+                                 label="Enlargement", visible=len(workshop.files) > 1, info="8x is for faces of 12 to "
+                                 "20 pixels, in which nobody is recognised: nearly everything is invented.")
                 strength = make_knob()
                 shrink = gr.Checkbox(label="This is already sharp: shrink it first",
                                      info="Then the truth is known, and shown beside the result.")
                 added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob)
                 whole = gr.Checkbox(label="Treat it as one face", info="Otherwise a picture of more than "
                                     f"{FACE_AT_MOST} pixels is a photograph, whose faces are searched for.")
-                gr.Examples(samples, [photo, shrink], label="Or try one of these", example_labels=[
-                    "Astronaut", "Astronaut, sharp", "Grace Hopper", "Grace Hopper, sharp"])
+                gr.Examples(samples, [photo, shrink, scale], label="Or try one of these", example_labels=titles)
                 with gr.Accordion("A face was missed? Cut it out by hand", open=False) as scissors:
                     gr.Markdown("Click the picture symbol, then the crop symbol; drag the corners, confirm the crop.")
                     # Without a brush it would have no symbols at all: those are hidden (STYLE).
@@ -595,9 +597,9 @@ def build_app(workshop, study):
             made, clock = gr.State(), gr.Timer(20, active=False)
             outputs = [slider, pixels, truth, invented, faces, download, cancel, clock, made, status]
             at_once = dict(concurrency_limit=None, show_progress="hidden")
-            gr.on([photo.change, strength.change, shrink.input, added.input, whole.change], upscale_one,
-                  [photo, strength, shrink, added, whole], outputs, trigger_mode="multiple", api_name="upscale",
-                  **at_once)
+            gr.on([photo.change, strength.change, shrink.input, added.input, whole.change, scale.input], upscale_one,
+                  [photo, strength, shrink, added, whole, scale], outputs, trigger_mode="multiple",
+                  api_name="upscale", **at_once)
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             clock.tick(look, made, [status, download, clock], api_visibility="private", **at_once)
             scissors.expand(lambda path: path, photo, editor, api_visibility="private", **at_once)
@@ -670,22 +672,19 @@ def serve(args):
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(prog="inference.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="files and folders (recursively); without, a few "
-        "sample faces")
+    add("inputs", nargs="*", metavar="INPUT", help="files and folders (recursively); without, a few sample faces")
     add("--output", type=Path, default=Path("results"), metavar="DIR", help="folder for the results [%(default)s]")
     truth = parser.add_mutually_exclusive_group()
-    truth.add_argument("--hr", type=Path, metavar="DIR", help="ground truth with the same relative stems: "
-                       "score against it")
+    truth.add_argument("--hr", type=Path, metavar="DIR", help="ground truth of the same names: score against it")
     truth.add_argument("--simulate", action="store_true", help="the inputs are HR: reduce them first")
-    add("--kernel", default="bicubic", choices=list(KERNELS), help="how --simulate reduces; all scores "
-        "are quoted for bicubic [%(default)s]")
+    add("--kernel", default="bicubic", choices=list(KERNELS), help="how --simulate reduces [%(default)s]")
     add("--damage", default="none", choices=DAMAGES, help="what else --simulate does to the picture [%(default)s]")
-    add("--checkpoint", type=Path, metavar="FILE", help="trained generator [the shipped SRGAN]")
+    add("--scale", type=int, choices=[4, 8], help="enlargement: 8 is for faces of 12 to 20 pixels [4]")
+    add("--checkpoint", type=Path, metavar="FILE", help="trained generator, of any scale [the shipped SRGAN]")
     add("--strength", type=float, help="from 0, faithful: the SRResNet that lies beside the checkpoint, to 1, "
         f"vivid: the checkpoint itself [{STRENGTH} for the shipped weights, 1 with --checkpoint]")
     add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
-    add("--flip", action="store_true", help="average with the mirrored picture's result: a little more faithful, "
-        "half as fast")
+    add("--flip", action="store_true", help="average with the mirrored picture's result: more faithful, half as fast")
     add("--photo", action="store_true", help="the inputs are photographs: find their faces, restore each where that "
         "makes it better, and put them back")
     add("--enlarge", type=int, choices=[1, 2, 4], help="of a photograph [4 up to 1 megapixel, 2 up to 4, else 1]")
@@ -694,8 +693,7 @@ def parse_arguments(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="auto", choices=PRECISIONS, help=PRECISION_HELP)
     add("--batch-size", type=int, default=16, help="pictures of one size at a time [%(default)s]")
-    page = parser.add_argument_group("in a browser")
-    add = page.add_argument
+    add = parser.add_argument_group("in a browser").add_argument
     add("--ui", action="store_true", help="open the interface in a browser, on this machine only")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in [%(default)s]")
     add("--port", type=int, help="port to listen on [the first free one from 7860 on]")
@@ -709,10 +707,11 @@ def parse_arguments(argv=None):
     args.ratings = args.ratings or args.output / "ratings.csv"
     if args.strength is None:
         args.strength = 1.0 if args.checkpoint else STRENGTH
-    args.checkpoint = args.checkpoint or CHECKPOINT
+    args.checkpoint = args.checkpoint or CHECKPOINT.with_name(f"srgan_x{args.scale or 4}.pth")
     for wrong, sentence in (
             (args.photo and (not args.inputs or args.hr or args.simulate or args.added),
              "--photo needs INPUT, and does not go with --simulate, --hr or --added"),
+            (args.scale and args.photo, "--photo chooses the enlargement of each face itself: leave out --scale"),
             ((args.enlarge or args.background) and not args.photo, "--enlarge and --background need --photo"),
             (args.study and not args.ui, "--study needs --ui"),
             (args.ui and (args.inputs or args.hr or args.simulate),

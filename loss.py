@@ -94,13 +94,14 @@ def vgg_distance(features, sr, hr):
     return (error.mean((1, 2, 3)) / target.square().mean((1, 2, 3))).mean()
 
 
-def shifted(step, *pictures):
-    """Cut (N, C, H, W) pictures to (H - 4, W - 4) at one of 16 offsets, another at each step.
+def shifted(step, period, *pictures):
+    """Cut `period` pixels off the height and the width of (N, C, H, W) pictures, at one of period x period offsets,
+    another at each step; `period` is the scale, 4 or 8.
 
     The pooling of VGG and the strides of D repeat every 2, 4, ... pixels. If their grid always fell on the same
     pixels, the generator would learn a pattern in step with it, a faint regular texture."""
-    y, x = divmod(step * 7 % 16, 4)
-    return [picture[..., y:picture.shape[2] - 4 + y, x:picture.shape[3] - 4 + x].contiguous(
+    y, x = divmod(step * 7 % period ** 2, period)
+    return [picture[..., y:picture.shape[2] - period + y, x:picture.shape[3] - period + x].contiguous(
         memory_format=torch.channels_last) for picture in pictures]
 
 

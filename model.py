@@ -13,6 +13,7 @@ import copy
 import hashlib
 import io
 import os
+import re
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -522,6 +523,13 @@ def load_generators(checkpoint, strength, both=False):
                          f"{checkpoint.name}")
     faithful, _ = load_checkpoint(path)
     return interpolate(faithful, generator, strength), faithful if both else None
+
+
+def siblings(checkpoint):
+    """List a checkpoint and those of other scales that lie beside it under the same name: a dict scale -> path."""
+    found = {scale: checkpoint.with_name(re.sub(r"_x\d\.pth$", f"_x{scale}.pth", checkpoint.name)) for scale in (4, 8)}
+    own = load_checkpoint(checkpoint)[0].scale
+    return {scale: path for scale, path in found.items() if path != checkpoint and path.exists()} | {own: checkpoint}
 
 
 @contextlib.contextmanager

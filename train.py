@@ -249,12 +249,20 @@ class Stage:
                   f"{len(self.val_faces)} to validate on", flush=True)
 
     def start_from(self, path, generator):
-        """Load the weights that this stage starts from; return the facts of their training."""
+        """Load the weights that this stage starts from; return the facts of their training. From weights of a smaller
+        scale, every further doubling begins as a copy of their last one."""
         pretrained, facts = load_checkpoint(path)
-        if pretrained.architecture != generator.architecture:
+        scale = min(pretrained.scale, generator.scale)
+        if pretrained.architecture | {"scale": scale} != generator.architecture | {"scale": pretrained.scale}:
             raise TrainingError(f"{path} has the architecture {pretrained.architecture}, not "
-                             f"{generator.architecture}; give its flags, or another --output")
-        generator.load_state_dict(pretrained.state_dict())
+                                f"{generator.architecture}; give its flags, or another --output")
+        weights, last = pretrained.state_dict(), len(pretrained.upsample) - 3       # of three layers a doubling
+        for name in generator.state_dict():
+            part, _, rest = name.partition(".")
+            if part == "upsample" and name not in weights:
+                index, _, rest = rest.partition(".")
+                weights[name] = weights[f"upsample.{last + int(index) % 3}.{rest}"]
+        generator.load_state_dict(weights)
         return facts
 
     def train_step(self):
@@ -270,7 +278,7 @@ class Stage:
             sr = self.generate(lr)
         fake_logits, values = None, {}
         if self.gan:
-            sr, hr = shifted(self.step, sr, hr)
+            sr, hr = shifted(self.step, self.args.scale, sr, hr)
 
         # (1) update D: real pictures up, generated ones down.
         if self.gan:
@@ -527,8 +535,8 @@ def parse_arguments(argv=None):
     add("--gan-train-dir", nargs="+", metavar="DIR", help="folders for SRGAN, whose discriminator "
         "wants clean faces (default: --train-dir)")
     add("--val-dir", metavar="DIR", help="faces to validate on (default: a part of the training folders)")
-    add("--init", type=Path, metavar="FILE", help="checkpoint to start from (default: SRResNet from "
-        "random weights, SRGAN from the SRResNet in --output)")
+    add("--init", type=Path, metavar="FILE", help="checkpoint to start from, of this scale or a smaller one "
+        "(default: SRResNet from random weights, SRGAN from the SRResNet in --output)")
     add("--output", type=Path, metavar="DIR", help="for checkpoints, state and log (default: checkpoints; "
         "with --dry-run a temporary folder)")
     add("--resume", action="store_true", help="go on with the training in --output, with its flags")

@@ -49,11 +49,11 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory, faces):
-    """`inference.py --ui --study` with a pair of tiny networks: its address, folders and a stop()."""
+    """`inference.py --ui --study` with two pairs of tiny networks: its address, folders and a stop()."""
     folder = tmp_path_factory.mktemp("app")
-    for seed, name in enumerate(("srresnet_x4.pth", "srgan_x4.pth")):
+    for seed, name in enumerate(("srresnet_x4.pth", "srgan_x4.pth", "srresnet_x8.pth", "srgan_x8.pth")):
         torch.manual_seed(seed)
-        generator = Generator(blocks=1, channels=8)
+        generator = Generator(int(name[-5]), blocks=1, channels=8)
         generator.tail.weight.data.mul_(20)
         save_checkpoint(folder / name, generator, {})
     (folder / "tmp").mkdir()
@@ -97,13 +97,14 @@ def save(path, size=(12, 10), mode="RGB", seed=0):
 
 def command(app, output, *arguments):
     """What `inference.py` writes for one file: (H, W, channels)."""
-    assert inference.run([*map(str, arguments), *app.flags, "--output", str(output)]) == 0
+    assert inference.run([*app.flags, *map(str, arguments), "--output", str(output)]) == 0
     return np.array(Image.open(output / f"{Path(arguments[0]).stem}.png"))
 
 
-def upscale(client, path, strength=1.0, shrink=False, added=False, whole=False):
+def upscale(client, path, strength=1.0, shrink=False, added=False, whole=False, scale=4):
     """Call the Upscale tab: a namespace of pictures (None where there is none) and the line of text."""
-    *outputs, line = client.predict(path and handle_file(path), strength, shrink, added, whole, api_name="/upscale")
+    *outputs, line = client.predict(path and handle_file(path), strength, shrink, added, whole, scale,
+                                    api_name="/upscale")
     gallery = outputs.pop(4).get("value") or []
     faces = [(np.array(Image.open(face["image"])), face["caption"]) for face in gallery]
     files = [part["value"] if isinstance(part, dict) and "value" in part else part for part in outputs]
@@ -124,6 +125,26 @@ def test_the_download_is_what_the_command_writes(app, client, tmp_path):
     assert result.lr is None        # it is on the page already
     result = upscale(client, plain)
     assert re.fullmatch(r"12 x 10 → 48 x 40 pixels; in \d\.\d\d s on the CPU", result.line)
+
+
+def test_eight_times(app, client, faces, tmp_path):
+    """The same as the command with the other pair: plain, shrunk first, with what was invented; and the example."""
+    eight, out, path = ("--checkpoint", app.folder / "srgan_x8.pth"), tmp_path / "out", save(tmp_path / "a.png")
+    for strength in (1, 0.35):
+        result = upscale(client, path, strength, scale=8)
+        assert np.array_equal(result.download, command(app, out, path, "--strength", strength, *eight))
+    assert "12 x 10 → 96 x 80 pixels" in result.line
+    face = find_images(faces)[0]
+    result = upscale(client, face, shrink=True, added=True, scale=8)
+    assert result.lr.shape == (16, 16, 3) and result.truth.shape == (128, 128, 3)
+    assert np.array_equal(result.download, command(app, out, face, "--simulate", *eight))
+    faithful = command(app, out, face, "--simulate", *eight, "--strength", 0)
+    difference = np.clip((result.ours.astype(int) - faithful) * 3 + 128, 0, 255)
+    assert np.abs(difference - result.invented).max() <= 1 and difference.std() > 5
+    example = upscale(client, None, scale=8)
+    assert "from 16 x 16 pixels" in example.line and example.ours.shape == (128, 128, 3)
+    large = upscale(client, save(tmp_path / "large.png", (501, 500)), whole=True, scale=8)
+    assert "the limit is 250,000" in large.line and large.ours is None
 
 
 def test_shrink_first_shows_the_truth_and_scores(app, client, faces, tmp_path):
@@ -185,7 +206,7 @@ def test_pictures_that_cannot_be_used_get_a_sentence(client, app, tmp_path):
 def test_files_of_the_machine_are_out_of_reach(app, client):
     """A request may name what was uploaded, nothing else."""
     path = str(next(iter(find_images(ROOT / "checkpoints"))))
-    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, 1.0, False, False, False]
+    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, 1.0, False, False, False, 4]
     event = httpx.post(f"{app.url}gradio_api/call/upscale", json={"data": data}).json()["event_id"]
     answer = httpx.get(f"{app.url}gradio_api/call/upscale/{event}", timeout=20).text
     assert "event: error" in answer and "pixels" not in answer
@@ -193,7 +214,7 @@ def test_files_of_the_machine_are_out_of_reach(app, client):
     # Without "meta", Gradio does not look where the file lies.
     secret = save(app.folder / "secret.png")
     for path in (str(secret), "/dev/ptmx", "/etc/shadow", str(app.folder / "absent.png")):
-        for name, data in {"upscale": [{"path": path}, 1.0, False, False, True],
+        for name, data in {"upscale": [{"path": path}, 1.0, False, False, True, 4],
                            "folder": [[{"path": path}], 1.0]}.items():
             event = httpx.post(f"{app.url}gradio_api/call/{name}", json={"data": data}).json()["event_id"]
             answer = httpx.get(f"{app.url}gradio_api/call/{name}/{event}", timeout=20).text
@@ -205,7 +226,7 @@ def test_strength_is_a_number_from_0_to_1(app, client, tmp_path):
     """Python's JSON knows NaN, and so does the server's."""
     path = save(tmp_path / "a.png")
     upload = httpx.post(f"{app.url}gradio_api/upload", files={"files": path.read_bytes()}).json()[0]
-    body = '{"data": [{"path": "%s"}, NaN, false, false, false]}' % upload
+    body = '{"data": [{"path": "%s"}, NaN, false, false, false, 4]}' % upload
     event = httpx.post(f"{app.url}gradio_api/call/upscale", content=body,
                        headers={"content-type": "application/json"}).json()["event_id"]
     answer = httpx.get(f"{app.url}gradio_api/call/upscale/{event}", timeout=20).text

@@ -13,7 +13,7 @@ import torch
 import torch.multiprocessing as mp
 
 import train
-from model import Discriminator, Generator, load_checkpoint, load_plain
+from model import Discriminator, Generator, load_checkpoint, load_plain, save_checkpoint
 
 ROOT = Path(train.__file__).parent
 TINY = ["--blocks", "1", "--channels", "8", "--patch-size", "20", "--batch-size", "4", "--device", "cpu"]
@@ -259,14 +259,32 @@ def test_both_networks_learn_in_a_gan_step(stage):
                                    "d_fake"}
 
 
+def test_eight_times_starts_from_the_weights_of_four(stage, tmp_path):
+    """A further doubling is a copy of the last; a larger scale is no start for a smaller one."""
+    torch.manual_seed(5)
+    save_checkpoint(tmp_path / "four.pth", four := Generator(4, 1, 8), {})
+    save_checkpoint(tmp_path / "eight.pth", Generator(8, 1, 8), {})
+    eight = stage("srresnet", "--scale", "8", "--patch-size", "24", "--init", str(tmp_path / "four.pth")).generator
+    old, new = four.state_dict(), eight.state_dict()
+    assert all(torch.equal(new[name], value) for name, value in old.items())
+    assert {name for name in new if name not in old} == {f"upsample.{name}" for name in ("6.weight", "6.bias", "8.weight")}
+    assert all(torch.equal(eight.upsample[6].weight, part.weight) for part in (four.upsample[3], eight.upsample[3]))
+    assert not torch.equal(eight.upsample[6].weight, eight.upsample[0].weight)
+    for flags in (["--init", str(tmp_path / "eight.pth")], ["--init", str(tmp_path / "four.pth"), "--blocks", "2"]):
+        with pytest.raises(train.TrainingError, match="architecture"):
+            stage("srresnet", *flags)
+
+
 def test_the_losses_look_at_shifted_windows(stage, monkeypatch):
-    """All 16 offsets come up, for SR and HR alike: else the GAN stage trains a grid in."""
+    """All offsets come up, for SR and HR alike: else the GAN stage trains a grid in."""
     ramp = torch.arange(24.0 * 24).view(1, 1, 24, 24)
-    windows = [train.shifted(step, ramp, ramp + 1) for step in range(16)]
-    assert sorted(int(sr[0, 0, 0, 0]) for sr, _ in windows) == [24 * y + x for y in range(4) for x in range(4)]
-    assert all(sr.shape == (1, 1, 20, 20) and torch.equal(hr, sr + 1) for sr, hr in windows)
-    assert all(torch.equal(sr, ramp[..., y:y + 20, x:x + 20]) for sr, _ in windows
-               for y, x in [divmod(int(sr[0, 0, 0, 0]), 24)])
+    for period in (4, 8):
+        side, windows = 24 - period, [train.shifted(step, period, ramp, ramp + 1) for step in range(period ** 2)]
+        assert sorted(int(sr[0, 0, 0, 0]) for sr, _ in windows) == [24 * y + x for y in range(period)
+                                                                    for x in range(period)]
+        assert all(sr.shape == (1, 1, side, side) and torch.equal(hr, sr + 1) for sr, hr in windows)
+        assert all(torch.equal(sr, ramp[..., y:y + side, x:x + side]) for sr, _ in windows
+                   for y, x in [divmod(int(sr[0, 0, 0, 0]), 24)])
     srgan, seen, criterion = stage("srgan"), [], train.GeneratorLoss.forward
     monkeypatch.setattr(train.GeneratorLoss, "forward",
                         lambda self, sr, hr, logits: (seen.extend((sr, hr)), criterion(self, sr, hr, logits))[1])
