@@ -315,9 +315,9 @@ def sample_faces():
     """Two public-domain portraits that come with scikit-image and Matplotlib, cut as FFHQ cuts."""
     import matplotlib.cbook
     import skimage.data
+    astronaut = read_image(Path(skimage.data.data_dir, "astronaut.png"))[0]     # .astronaut() imports half of SciPy
     hopper = read_image(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))[0]
-    return {"astronaut": square_face(skimage.data.astronaut()[12:200, 129:317]),
-            "grace_hopper": square_face(hopper[40:363, 106:429])}
+    return {"astronaut": square_face(astronaut[12:200, 129:317]), "grace_hopper": square_face(hopper[40:363, 106:429])}
 
 
 # Faces in photographs ---------------------------------------------------------------------------

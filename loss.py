@@ -219,7 +219,8 @@ def plot_comparison(path, rows, note=""):
     figure.figimage(canvas)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")      # a name in a script without font
-        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110, metadata={"Software": MARK}))
+        write_atomically(path, lambda file: figure.savefig(
+            file, format="png", dpi=110, metadata={"Software": MARK}, pil_kwargs={"compress_level": 3}))
 
 
 def shortened(text, length):
