@@ -36,9 +36,9 @@ from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_o
                          write_csv, write_png)
 from loss import (STUDY_ABSENT, Study, build_study, compare, face_pairs, photo_rows, photo_table, plot_comparison,
                   report, report_study)
-from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, FlipEnsemble,
-                   Picture, added_detail, enlargement, load_generators, locked, photo_sentence, restore_photos,
-                   select_device, select_dtype, siblings, upscale, upscale_pictures)
+from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Picture,
+                   added_detail, enlargement, load_generator, locked, photo_sentence, restore_photos, select_device,
+                   siblings, upscale, upscale_pictures)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 STRENGTH = 1.0              # of the shipped weights; chosen on the validation faces
@@ -139,11 +139,8 @@ def main(args):
         return 2
     if args.hr and not args.hr.is_dir():
         raise UsageError(f"--hr {args.hr}: there is no such folder")
-    dtype = select_dtype(args.precision, device)
-    generator, faithful = (network and network.for_inference(dtype).to(device) for network in load_generators(
-        args.checkpoint, args.strength, args.added))
-    if args.flip:
-        generator = FlipEnsemble(generator)
+    load = functools.partial(load_generator, device=device, precision=args.precision, flip=args.flip)
+    generator, faithful = load(args.checkpoint, args.strength), load(args.checkpoint, 0) if args.added else None
     args.output.mkdir(parents=True, exist_ok=True)
 
     scores, sheet, faces, taken, done = {}, {}, [], set(), 0
@@ -315,16 +312,13 @@ class Workshop:
         self.args, self.folder, self.jobs = args, folder, {}
         self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
         self.device = select_device(args.device)
-        self.dtype = select_dtype(args.precision, self.device)
         self.files = siblings(args.checkpoint)                                  # by scale
         self.scale = next(scale for scale, path in self.files.items() if path == args.checkpoint)
         self.has_knob = all(path.with_name(f"srresnet_x{scale}.pth").exists() for scale, path in self.files.items())
-        self.generator = functools.lru_cache(maxsize=48)(self._generator)       # the knob has 21 places
+        load = functools.partial(load_generator, device=self.device, precision=args.precision, flip=args.flip)
+        self.generator = functools.lru_cache(maxsize=48)(                       # the knob has 21 places
+            lambda strength, scale: load(self.files[scale], strength))
         self.upscale(np.zeros((32, 32, 3), np.uint8), args.strength)            # the first one is slow
-
-    def _generator(self, strength, scale):
-        generator = load_generators(self.files[scale], strength)[0].for_inference(self.dtype).to(self.device)
-        return FlipEnsemble(generator) if self.args.flip else generator
 
     def network(self, strength, job=None, scale=None):
         """The generator of a strength and scale, at work for a job. Raises UsageError for what is neither."""

@@ -511,18 +511,18 @@ def load_checkpoint(path):
     return generator.eval(), training
 
 
-def load_generators(checkpoint, strength, both=False):
-    """Load a generator and set its strength, from 0 (the SRResNet beside the checkpoint) to 1 (the
-    checkpoint itself): (generator, that SRResNet if `both` else None)."""
+def load_generator(checkpoint, strength=1, device=torch.device("cpu"), precision="float32", flip=False):
+    """Load a generator, ready for inference, of a strength from 0 (the SRResNet beside the checkpoint) to 1 (the
+    checkpoint itself); with `flip`, as a FlipEnsemble. `precision` is one of PRECISIONS."""
     generator, _ = load_checkpoint(checkpoint)
-    if strength == 1 and not both:
-        return generator, None
-    path = checkpoint.with_name(f"srresnet_x{generator.scale}.pth")
-    if not path.exists():
-        raise CheckpointError(f"--strength, --added and --study need {path}, the faithful network beside "
-                         f"{checkpoint.name}")
-    faithful, _ = load_checkpoint(path)
-    return interpolate(faithful, generator, strength), faithful if both else None
+    if strength != 1:
+        path = checkpoint.with_name(f"srresnet_x{generator.scale}.pth")
+        if not path.exists():
+            raise CheckpointError(f"--strength, --added and --study need {path}, the faithful network beside "
+                                  f"{checkpoint.name}")
+        generator = interpolate(load_checkpoint(path)[0], generator, strength)
+    generator = generator.for_inference(select_dtype(precision, device)).to(device)
+    return FlipEnsemble(generator) if flip else generator
 
 
 def siblings(checkpoint):

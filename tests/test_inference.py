@@ -61,11 +61,14 @@ def shipped():
     return load_checkpoint(CHECKPOINT)[0].for_inference()
 
 
-def test_shipped_weights_show_what_the_project_does(tmp_path, capsys):
+@pytest.mark.parametrize("scale", (4, 8))
+def test_shipped_weights_show_what_the_project_does(tmp_path, capsys, scale):
     """`python inference.py` alone, with the shipped weights: sharper than bicubic, still faithful."""
-    assert inference.run(["--output", str(tmp_path), "--device", "cpu"]) == 0
+    flags = ["--scale", str(scale)] * (scale != 4)
+    assert inference.run([*flags, "--output", str(tmp_path), "--device", "cpu"]) == 0
     assert results(tmp_path) == {"astronaut.png", "grace_hopper.png"}
-    assert "mean" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "mean" in output and f"upscaled {scale}x" in output
     with open(tmp_path / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
@@ -73,22 +76,31 @@ def test_shipped_weights_show_what_the_project_does(tmp_path, capsys):
         assert float(row["ssim"]) > float(row["ssim_bicubic"]) + 0.02
     for name, face in sample_faces().items():
         sr = read_image(tmp_path / f"{name}.png")[0]
-        lr, hr = simulate(face, 4, "bicubic")
-        blurred = enlarge(lr, 4)
+        lr, hr = simulate(face, scale, "bicubic")
+        blurred = enlarge(lr, scale)
         detail = [np.abs(np.diff(picture.astype(float), axis=1)).mean() for picture in (blurred, sr, hr)]
         assert detail[1] > detail[0] + 0.4 * (detail[2] - detail[0])
         assert np.abs(sr.mean((0, 1)) - hr.mean((0, 1))).max() < 3  # no colour shift
 
 
-def test_shipped_srresnet_beats_bicubic():
+@pytest.mark.parametrize("scale", (4, 8))
+def test_shipped_srresnet_beats_bicubic(scale):
     """Whether Pillow made the small picture or `cv2.resize` did: mean gain in dB over the portraits."""
-    generator = load_checkpoint(CHECKPOINT.with_name("srresnet_x4.pth"))[0].for_inference()
+    generator = load_checkpoint(CHECKPOINT.with_name(f"srresnet_x{scale}.pth"))[0].for_inference()
     for kernel, least in (("bicubic", 1.5), ("cv2-linear", 0.7)):
         gains = []
         for face in sample_faces().values():
-            lr, hr = simulate(face, 4, kernel)
-            gains.append(psnr(upscale(generator, [lr])[0], hr) - psnr(enlarge(lr, 4), hr))
+            lr, hr = simulate(face, scale, kernel)
+            gains.append(psnr(upscale(generator, [lr])[0], hr) - psnr(enlarge(lr, scale), hr))
         assert np.mean(gains) > least, kernel
+
+
+def test_the_scale_is_that_of_the_checkpoint_where_one_is_given(run, tmp_path, capsys):
+    save(tmp_path / "a.png", noise(8, 8))
+    assert run(tmp_path / "a.png", "--scale", "8") == 0
+    assert read_image(tmp_path / "out" / "a.png")[0].shape == (32, 32, 3) and "upscaled 4x" in capsys.readouterr().out
+    assert run(tmp_path / "a.png", "--scale", "8", "--photo") == 2
+    assert "leave out --scale" in capsys.readouterr().err
 
 
 def test_alone_on_a_folder_tree(run, tmp_path):

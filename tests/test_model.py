@@ -19,10 +19,12 @@ from model import (
     bicubic,
     interpolate,
     load_checkpoint,
+    load_generator,
     checksum,
     save_checkpoint,
     select_device,
     select_dtype,
+    siblings,
 )
 
 
@@ -277,3 +279,32 @@ def test_precision_follows_the_hardware(monkeypatch):
     assert select_dtype("float16", torch.device("cuda", 3)) == torch.float16
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert select_dtype("auto", torch.device("cuda", 3)) == torch.bfloat16
+
+
+def test_siblings_are_the_same_network_at_other_scales(tmp_path):
+    names = {"srgan_x4.pth": 4, "srgan_x8.pth": 8, "srresnet_x4.pth": 4, "mine.pth": 8}
+    for name, scale in names.items():
+        save_checkpoint(tmp_path / name, Generator(scale, blocks=1, channels=8), {})
+    four, eight = tmp_path / "srgan_x4.pth", tmp_path / "srgan_x8.pth"
+    assert siblings(four) == siblings(eight) == {4: four, 8: eight}
+    assert siblings(tmp_path / "srresnet_x4.pth") == {4: tmp_path / "srresnet_x4.pth"}
+    assert siblings(tmp_path / "mine.pth") == {8: tmp_path / "mine.pth"}
+
+
+def test_a_generator_is_loaded_as_the_flags_say(tmp_path):
+    """Strength between the pair, precision, mirror; without a pair only strength 1."""
+    for seed, name in enumerate(("srresnet_x4.pth", "srgan_x4.pth")):
+        torch.manual_seed(seed)
+        save_checkpoint(tmp_path / name, Generator(blocks=1, channels=8), {})
+    faithful, vivid = (load_checkpoint(tmp_path / name)[0] for name in ("srresnet_x4.pth", "srgan_x4.pth"))
+    lr = torch.rand(1, 3, 9, 7)
+    for strength in (0, 0.3, 1):
+        expected = interpolate(faithful, vivid, strength).for_inference()
+        torch.testing.assert_close(load_generator(tmp_path / "srgan_x4.pth", strength)(lr), expected(lr))
+    mirrored = load_generator(tmp_path / "srgan_x4.pth", 1, flip=True)
+    torch.testing.assert_close(mirrored(lr), FlipEnsemble(vivid.for_inference())(lr))
+    assert next(load_generator(tmp_path / "srgan_x4.pth", precision="bfloat16").parameters()).dtype == torch.bfloat16
+    (tmp_path / "srresnet_x4.pth").unlink()
+    load_generator(tmp_path / "srgan_x4.pth")
+    with pytest.raises(CheckpointError, match="srresnet_x4.pth"):
+        load_generator(tmp_path / "srgan_x4.pth", 0.5)
