@@ -147,8 +147,12 @@ def main(args):
     comparison, table = (choose_output(Path(name), args.output, taken)
                          for name in ("comparison.png", "faces.csv" if args.photo else "metrics.csv"))
     pictures = read_pictures(args, files, generator.scale, taken, failed)
-    results = restore_photos(generator, pictures, args.batch_size, args.enlarge, args.background) if args.photo else \
-        upscale_pictures(generator, pictures, args.batch_size)
+    if args.photo:
+        tiny = siblings(args.checkpoint).get(8)
+        results = restore_photos(generator, pictures, args.batch_size, args.enlarge, args.background,
+                                 tiny and load(tiny, args.strength))
+    else:
+        results = upscale_pictures(generator, pictures, args.batch_size)
     for picture, sr, writing in tqdm(write_results(results), "upscaling", len(files) or None, unit="picture",
                                      leave=False, disable=None):
         rows, line, show = [], {}, len(sheet) < SHOWN
@@ -374,7 +378,9 @@ class Workshop:
         """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces."""
         if whole or max(picture.lr.shape) <= FACE_AT_MOST:
             return upscale(self.network(strength, job, scale), [picture.lr])[0]
-        [(_, sr)] = restore_photos(self.network(strength, job, min(self.files)), [picture], self.args.batch_size)
+        generator, tiny = (scale and self.network(strength, job, scale)
+                           for scale in (min(self.files), 8 if 8 in self.files else None))
+        [(_, sr)] = restore_photos(generator, [picture], self.args.batch_size, tiny=tiny)
         return sr
 
     def read(self, path, output, scale, shrink=False, whole=True):

@@ -149,6 +149,22 @@ def test_faces_of_several_photographs_share_a_batch(portraits, generator):
         assert np.abs(alone.astype(int) - sr).max() <= 1
 
 
+def test_tiny_faces_go_through_the_network_for_eight_times(portraits, generator):
+    """Where there is one; those that it cannot help, and without it those of fewer than 20 pixels, are left alone."""
+    photo, _ = compose(portraits, [("hopper", 14, 0, 10, 10), ("astronaut", 22, 0, 40, 10), ("hopper", 36, 0, 90, 5)],
+                       160, 60)
+    eight, seen = load_checkpoint(CHECKPOINT.with_name("srgan_x8.pth"))[0].for_inference(), []
+    eight.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[-1]))
+    sr, patches = restore(generator, photo, background="bicubic")
+    assert [patch.action for patch in patches] == ["small", "restored", "restored"] and not seen
+    better, patches = restore(generator, photo, background="bicubic", tiny=eight)
+    assert [patch.action for patch in patches] == ["restored"] * 3
+    assert sorted(seen) == [patch.side for patch in patches[:2]] and patches[2].side >= 30
+    assert [len(patch.sr) // len(patch.lr) for patch in patches] == [8, 8, 4]
+    left = 4 * patches[2].left - 4
+    assert np.array_equal(better[:, left:], sr[:, left:]) and not np.array_equal(better[:, :left], sr[:, :left])
+
+
 def test_the_command_writes_the_picture_the_table_and_the_figure(portraits, tmp_path, capsys):
     photo, truth = compose(portraits, [("hopper", 36, 0, 10, 10), ("astronaut", 100, 0, 80, 30)], 240, 170)
     (tmp_path / "in" / "sub").mkdir(parents=True)
