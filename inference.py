@@ -36,7 +36,7 @@ from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_o
                          write_csv, write_png)
 from loss import (STUDY_ABSENT, Study, build_study, compare, face_pairs, photo_rows, photo_table, plot_comparison,
                   report, report_study)
-from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Picture,
+from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Picture,
                    added_detail, enlargement, load_generator, locked, photo_sentence, restore_photos, select_device,
                    siblings, upscale, upscale_pictures)
 
@@ -436,6 +436,7 @@ class Workshop:
         if not whole and not shrink and max(picture.lr.shape) > FACE_AT_MOST:
             line += f"; {photo_sentence(picture.patches)}"
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
+        line += "; for a face so small, try 8x" * (factor == 4 and 8 in self.files and max(picture.lr.shape) < TINY)
         if scores:
             line += ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), "
                      "SSIM {ssim:.3f} (bicubic {ssim_bicubic:.3f})").format(**scores)

@@ -124,7 +124,8 @@ def test_the_download_is_what_the_command_writes(app, client, tmp_path):
     assert result.bicubic.shape == (40, 48, 4)
     assert result.lr is None        # it is on the page already
     result = upscale(client, plain)
-    assert re.fullmatch(r"12 x 10 → 48 x 40 pixels; in \d\.\d\d s on the CPU", result.line)
+    line = r"12 x 10 → 48 x 40 pixels; in \d\.\d\d s on the CPU; for a face so small, try 8x"
+    assert re.fullmatch(line, result.line) and "try" not in upscale(client, save(tmp_path / "b.png", (26, 26))).line
 
 
 def test_eight_times(app, client, faces, tmp_path):
