@@ -378,8 +378,8 @@ class Workshop:
         """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces."""
         if whole or max(picture.lr.shape) <= FACE_AT_MOST:
             return upscale(self.network(strength, job, scale), [picture.lr])[0]
-        generator, tiny = (scale and self.network(strength, job, scale)
-                           for scale in (min(self.files), 8 if 8 in self.files else None))
+        generator = self.network(strength, job, min(self.files))
+        tiny = self.network(strength, job, 8) if 8 in self.files else None
         [(_, sr)] = restore_photos(generator, [picture], self.args.batch_size, tiny=tiny)
         return sr
 

@@ -96,7 +96,7 @@ def vgg_distance(features, sr, hr):
 
 def shifted(step, period, *pictures):
     """Cut `period` pixels off the height and the width of (N, C, H, W) pictures, at one of period x period offsets,
-    another at each step; `period` is the scale, 4 or 8.
+    another at each step; `period` is the scale.
 
     The pooling of VGG and the strides of D repeat every 2, 4, ... pixels. If their grid always fell on the same
     pixels, the generator would learn a pattern in step with it, a faint regular texture."""
