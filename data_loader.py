@@ -57,9 +57,11 @@ KERNELS = {
 # What else may befall the small picture; the numbers are those of the robustness table.
 DAMAGES = ("none", "blur", "blur3", "noise", "jpeg75", "jpeg50", "wild")
 # Of the pictures to train on: how much of its frame the face is reduced to and how often, and how many are turned;
-# how many are damaged and, of those, blurred, noisy and JPEG-coded.
+# how many are damaged and, of those, blurred, noisy and JPEG-coded; how many are as soft as a background, in HR too, so
+# that nothing is drawn where nothing was.
 ZOOMS, ZOOM_SHARES = (1, 0.9, 0.8, 0.7, 0.6, 0.55), (0.5, 0.1, 0.1, 0.1, 0.1, 0.1)
-TURNED, HURT, BLURRED, NOISY, CODED = 0.2, 0.5, 0.5, 0.35, 0.5
+TURNED, HURT, BLURRED, NOISY, CODED, SOFT = 0.2, 0.5, 0.5, 0.35, 0.5, 0.08
+BLURS, SOFT_BLURS = tuple(eighths / 8 for eighths in range(1, 9)), (1.5, 2, 3, 4)       # sigmas in LR pixels
 warnings.filterwarnings("ignore", module="PIL")        # PIXELS and `read_image` say what is wrong
 
 
@@ -162,7 +164,7 @@ def write_png(path, picture):
     info.add_text("Software", MARK)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: Image.fromarray(picture).save(
-        file, format="PNG", pnginfo=info, compress_level=1))
+        file, format="PNG", pnginfo=info, compress_level=1, compress_type=3))      # run lengths: fast, and no larger
 
 
 def write_csv(path, header, rows):
@@ -527,11 +529,11 @@ def _crop_table(cuts, size, device):
 @functools.lru_cache(maxsize=8)
 def _degradation_tables(size, scale, device):
     """Weights of the KERNELS for a reduction, (6, size, size / scale), whether they are Pillow's, (6,), and weights
-    of blurs by 1 to 8 eighths of `scale` HR pixels, (8, size, size)."""
+    of the BLURS and SOFT_BLURS, (12, size, size)."""
     cpu = torch.device("cpu")
     return (torch.stack([_resize_matrix(size, size // scale, kernel, cpu) for kernel in KERNELS]).to(device),
             torch.tensor([not kernel.startswith("cv2-") for kernel in KERNELS], device=device),
-            torch.stack([_blur_matrix(size, eighths * scale / 8) for eighths in range(1, 9)]).to(device))
+            torch.stack([_blur_matrix(size, sigma * scale) for sigma in BLURS + SOFT_BLURS]).to(device))
 
 
 def turn(levels, angles):
@@ -588,7 +590,7 @@ def degrade(hr, scale, rng, rank=0, world=1):
     small, mine = size // scale, slice(rank, None, world)
     kernels = rng.choice(len(KERNELS), total, p=[0.35, 0.05, 0.05, 0.1, 0.35, 0.1])
     hurt = rng.random((3, total)) < np.where(rng.random(total) < HURT, [[BLURRED], [NOISY], [CODED]], 0)
-    sigmas, qualities = rng.integers(0, 8, total), rng.integers(40, 96, total)
+    sigmas, qualities = rng.integers(0, len(BLURS), total), rng.integers(40, 96, total)
     noise = {i: rng.standard_normal((3, small, small), dtype=np.float32) * np.float32(rng.uniform(1, 8))
              for i in np.flatnonzero(hurt[1])}
     noise = [noise[i] for i in range(total)[mine] if i in noise]
@@ -694,6 +696,8 @@ class FaceBatches:
                         rng.choice(len(ZOOMS), self.batch_size, p=ZOOM_SHARES))
         places = self.first[cuts] + (rng.random((2, self.batch_size)) * self.number[cuts]).astype(int)
         flips = rng.random(self.batch_size) < 0.5
+        soft = rng.random(self.batch_size) < SOFT * (self.degradation == "mixed")
+        sigmas = len(BLURS) + rng.integers(0, len(SOFT_BLURS), self.batch_size)
 
         mine = slice(self.rank, None, self.world)
         faces = self.faces[torch.tensor(index[mine], device=self.faces.device)]
@@ -703,7 +707,11 @@ class FaceBatches:
         rows, columns = self.crops[torch.from_numpy(places[:, mine]).to(self.device)][:, :, None]   # (N, 1, 128, patch)
         if len(which := np.flatnonzero(turned[mine])):
             faces[which] = turn(faces[which], angles[mine][which])
-        hr = _resample(faces, columns, rows, True) / 255
+        hr = _resample(faces, columns, rows, True)
+        if len(which := np.flatnonzero(soft[mine])):
+            blur = _degradation_tables(self.patch_size, self.scale, self.device)[2][sigmas[mine][which]][:, None]
+            hr[which] = _resample(hr[which], blur, blur, False)
+        hr = hr / 255
         hr = torch.where(torch.from_numpy(flips[mine]).to(self.device)[:, None, None, None], hr.flip(-1), hr)
         if self.degradation == "mixed":
             lr = degrade(hr, self.scale, np.random.default_rng([self.seed, 2, step]), self.rank, self.world)

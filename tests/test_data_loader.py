@@ -175,16 +175,17 @@ def test_pillow_never_speaks_itself(tmp_path):
     nan = np.full((9, 9), np.nan, np.float32)
     nan[0, 0] = 1
     Image.fromarray(nan).save(tmp_path / "nan.tif")
-    Image.new("L", (9500, 9480)).save(tmp_path / "large.png")
-    Image.new("L", (9400, 9500)).save(tmp_path / "warned.png")
+    Image.new("L", (950, 949)).save(tmp_path / "large.png")
+    Image.new("L", (940, 950)).save(tmp_path / "warned.png")
     write(tmp_path / "exif.jpg", gradient(20, 30), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     code = (f"import sys; sys.path.insert(0, {str(Path(data_loader.__file__).parent)!r}); import data_loader as d\n"
+            "d.PIXELS, d.Image.MAX_IMAGE_PIXELS = 900_000, 890_000       # a hundredth of what they are\n"
             "for path in d.find_images('.'):\n    try: print(path, d.is_result(path), d.read_image(path)[0][0, 0])\n"
             "    except d.DataError as error: print(error)")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stderr == "" and done.returncode == 0
     exif, large, nan, warned = done.stdout.splitlines()
-    assert exif.startswith("exif.jpg False [") and large == "large.png: larger than 90,000,000 pixels"
+    assert exif.startswith("exif.jpg False [") and large == "large.png: larger than 900,000 pixels"
     assert nan == "nan.tif False [255 255 255]" and warned == "warned.png False [0 0 0]"
 
 
@@ -402,6 +403,19 @@ def test_patches_move_and_zoom_and_pair_up(faces):
     left, right = hr[:, 0, :, 0].mean(1), hr[:, 0, :, -1].mean(1)
     assert torch.minimum(left, right).std() > 0.02  # different places
     assert (left - right).abs().max() / (left - right).abs().min() > 1.2  # different sizes
+
+
+def test_some_patches_are_soft_in_both_so_that_nothing_is_drawn_on_backgrounds(monkeypatch):
+    noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 128, 128), dtype=np.uint8))
+
+    def roughness(soft):
+        monkeypatch.setattr(data_loader, "SOFT", soft)
+        return FaceBatches(noise, 8, 64)(0)[1].diff(dim=-1).abs().mean((1, 2, 3))
+
+    never, always, sometimes = map(roughness, (0, 1, 0.5))
+    assert (always < 0.1 * never).all()
+    assert {"soft" if torch.equal(a, b) else "sharp" if torch.equal(a, c) else "neither"
+            for a, b, c in zip(sometimes, always, never)} == {"soft", "sharp"}
 
 
 def test_mixed_degradation_draws_many_kinds_and_stays_aligned():

@@ -20,8 +20,10 @@ TINY = ["--blocks", "1", "--channels", "8", "--patch-size", "20", "--batch-size"
 
 
 @pytest.fixture
-def flags(faces, vgg_file, tmp_path):
-    """Flags of a training that takes seconds, with every loss."""
+def flags(faces, vgg_file, tmp_path, monkeypatch):
+    """Flags of a training that takes seconds, with every loss; its figures are drawn in the dry run's test alone."""
+    for name in ("plot_curves", "plot_comparison"):
+        monkeypatch.setattr(train, name, lambda *arguments: None)
     return [
         *TINY,
         "--train-dir",
@@ -91,7 +93,7 @@ def wait_for(process, condition):
 
 def test_killed_and_resumed_equals_uninterrupted(flags, tmp_path):
     """SIGTERM in the first stage, kill -9 in the second, --resume each time: the same bits."""
-    rhythm = ["--pretrain-steps", "40", "--gan-steps", "40", "--val-every", "30", "--save-every", "4"]
+    rhythm = ["--pretrain-steps", "40", "--gan-steps", "40", "--val-every", "40", "--save-every", "4"]
     train.run([*flags, *rhythm, "--output", str(tmp_path / "whole")])
 
     parts = tmp_path / "parts"
@@ -148,11 +150,11 @@ def test_training_learns(faces, tmp_path):
             "--degradation",
             "bicubic",
             "--pretrain-steps",
-            "400",
+            "300",
             "--gan-steps",
             "0",
             "--val-every",
-            "200",
+            "150",
             "--vgg-weights",
             "none",
             "--device",
@@ -162,7 +164,7 @@ def test_training_learns(faces, tmp_path):
         ]
     )
     lines = log_lines(tmp_path / "out")
-    assert [line["step"] for line in lines] == [200, 400]
+    assert [line["step"] for line in lines] == [150, 300]
     assert lines[-1]["psnr"] > lines[-1]["psnr_bicubic"] + 0.5
     assert lines[1]["train"]["pixel"] < lines[0]["train"]["pixel"]
     assert load_checkpoint(tmp_path / "out" / "srresnet_x4.pth")[1]["metrics"]["psnr"] == lines[-1]["psnr"]
@@ -301,6 +303,14 @@ def test_each_network_has_its_learning_rate(stage):
         used = [optimizer.param_groups[0]["lr"] for optimizer in (run.g_optimizer, run.d_optimizer)]
         factor = train.learning_rate(1, run.steps)
         assert used[:len(expected)] == [pytest.approx(lr * factor) for lr in expected], name
+
+
+def test_learning_rate_is_constant_until_one_decay():
+    """So a training can be given more steps, as long as it has not begun to fall."""
+    factors = [train.learning_rate(step, 1000) for step in range(1000)]
+    assert factors[0] == pytest.approx(0.02) and set(factors[49:600]) == {1}
+    assert all(a > b for a, b in zip(factors[601:], factors[602:])) and 0.01 <= factors[-1] < 0.0101
+    assert [train.learning_rate(step, 2000) for step in range(600)] == factors[:600]
 
 
 def test_discriminator_learns_to_tell_real_from_generated(stage):
