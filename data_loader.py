@@ -1,7 +1,6 @@
 """Everything between files on disk and arrays: reading, naming and writing pictures, batches to train on.
 
-Faces are read once, kept as bytes, (N, 3, 128, 128) uint8, on the training device, and cut,
-flipped and reduced there for every step:
+Faces are read once, kept as bytes on the training device, and cut, flipped and reduced there for every step:
 
     train_files, val_files = split_files([Path("thumbnails128x128")])
     faces = load_faces(train_files)                     # (N, 3, 128, 128) uint8
@@ -46,9 +45,8 @@ METRICS = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bi
 FACES = ("image", "face", "x", "y", "size", "angle", "score", "working_size", "action")
 VAL_PERCENT = 5             # of a folder without a split of its own
 
-# How the small picture is made from the large one. Pillow's kernels are antialiased (the kernel
-# widens with the reduction), OpenCV's linear and cubic are not: they are what `cv2.resize` does
-# when nobody chose, and a network that never saw them fails on them.
+# How the small picture is made from the large one. Pillow's kernels are antialiased, OpenCV's linear and cubic are not:
+# they are what `cv2.resize` does when nobody chose, and a network that never saw them fails on them.
 KERNELS = {
     "bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX,
@@ -539,11 +537,10 @@ def _degradation_tables(size, scale, device):
 def turn(levels, angles):
     """Turn (N, 3, S, S) levels about their centre by N angles, in degrees, clockwise; what comes into view is the
     mirrored border."""
-    cos, sin = (torch.tensor(values, dtype=levels.dtype) for values in (np.cos(np.radians(angles)),
-                                                                        np.sin(np.radians(angles))))
-    zero = torch.zeros_like(cos)
-    matrices = torch.stack([torch.stack([cos, sin, zero], 1), torch.stack([-sin, cos, zero], 1)], 1)
-    grid = F.affine_grid(matrices.to(levels.device), levels.shape, align_corners=False)
+    cos, sin = np.cos(np.radians(angles)), np.sin(np.radians(angles))
+    matrices = np.moveaxis([[cos, sin, 0 * cos], [-sin, cos, 0 * cos]], -1, 0)      # (N, 2, 3)
+    matrices = torch.tensor(matrices, dtype=levels.dtype, device=levels.device)
+    grid = F.affine_grid(matrices, levels.shape, align_corners=False)
     return _levels(F.grid_sample(levels, grid, "bicubic", "reflection", align_corners=False))
 
 
@@ -558,18 +555,11 @@ def _resample(levels, columns, rows, round_between):
     return _levels((levels.mT @ rows).mT)
 
 
-def resize(batch, height, width, kernel="bicubic"):
-    """Resize (N, 3, H, W) float in [0, 1] with one of KERNELS, to 8-bit levels in [0, 1]. Within one
-    grey level of the library's own result."""
-    columns = _resize_matrix(batch.shape[-1], width, kernel, batch.device)
-    rows = _resize_matrix(batch.shape[-2], height, kernel, batch.device)
-    return _resample(batch * 255, columns, rows, not kernel.startswith("cv2-")) / 255
-
-
 def downscale(hr, scale, kernel="bicubic"):
-    """Make the low-resolution picture: (N, 3, sH, sW) in [0, 1] -> (N, 3, H, W), quantised to
-    8 bits. The default is the protocol of all scores: Pillow's antialiased bicubic."""
-    return resize(hr, hr.shape[-2] // scale, hr.shape[-1] // scale, kernel)
+    """Make the low-resolution picture: (N, 3, sH, sW) in [0, 1] -> (N, 3, H, W), quantised to 8 bits, within one grey
+    level of the library's own result. The default is the protocol of all scores: Pillow's antialiased bicubic."""
+    rows, columns = (_resize_matrix(side, side // scale, kernel, hr.device) for side in hr.shape[-2:])
+    return _resample(hr * 255, columns, rows, not kernel.startswith("cv2-")) / 255
 
 
 def enlarge(picture, scale):
@@ -578,13 +568,20 @@ def enlarge(picture, scale):
     return np.array(Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.BICUBIC))
 
 
+def _blur(levels, scale, which, sigmas):
+    """Blur those of (N, 3, S, S) levels that `which` lists, in place, by the BLURS + SOFT_BLURS at `sigmas`."""
+    if len(which):
+        blur = _degradation_tables(levels.shape[-1], scale, levels.device)[2]
+        blur = blur[torch.from_numpy(sigmas).to(levels.device)][:, None]
+        levels[which] = _resample(levels[which], blur, blur, False)
+
+
 def degrade(hr, scale, rng, rank=0, world=1):
     """Make low-resolution pictures as the world does: a kernel per picture and, for every second one, each with
     its own chance, blur (as of a face out of focus, a scan, an enlarged picture), noise and JPEG.
 
-    hr is (N, 3, sS, sS) in [0, 1], `rng` a numpy Generator; returns (N, 3, S, S), 8-bit levels. Where
-    `world` processes share a batch, hr holds its pictures rank, rank + world, ...: each process draws for
-    all, and takes its own.
+    hr is (N, 3, sS, sS) in [0, 1], `rng` a numpy Generator; returns (N, 3, S, S), 8-bit levels. Where `world` processes
+    share a batch, hr holds its pictures rank, rank + world, ...: each process draws for all, and takes its own.
     """
     size, device, total = hr.shape[-1], hr.device, len(hr) * world
     small, mine = size // scale, slice(rank, None, world)
@@ -596,11 +593,9 @@ def degrade(hr, scale, rng, rank=0, world=1):
     noise = [noise[i] for i in range(total)[mine] if i in noise]
     blurred, noisy, coded = (np.flatnonzero(which[mine]) for which in hurt)
 
-    reductions, pillow, blurs = _degradation_tables(size, scale, device)
+    reductions, pillow, _ = _degradation_tables(size, scale, device)
     levels = hr * 255
-    if len(blurred):
-        blur = blurs[torch.from_numpy(sigmas[mine][blurred]).to(device)][:, None]
-        levels[blurred] = _resample(levels[blurred], blur, blur, False)
+    _blur(levels, scale, blurred, sigmas[mine][blurred])
     kernels = torch.from_numpy(kernels[mine]).to(device)
     reduction = reductions[kernels][:, None]
     lr = _resample(levels, reduction, reduction, pillow[kernels][:, None, None, None])
@@ -708,11 +703,8 @@ class FaceBatches:
         if len(which := np.flatnonzero(turned[mine])):
             faces[which] = turn(faces[which], angles[mine][which])
         hr = _resample(faces, columns, rows, True)
-        if len(which := np.flatnonzero(soft[mine])):
-            blur = _degradation_tables(self.patch_size, self.scale, self.device)[2][sigmas[mine][which]][:, None]
-            hr[which] = _resample(hr[which], blur, blur, False)
-        hr = hr / 255
-        hr = torch.where(torch.from_numpy(flips[mine]).to(self.device)[:, None, None, None], hr.flip(-1), hr)
+        _blur(hr, self.scale, which := np.flatnonzero(soft[mine]), sigmas[mine][which])
+        hr = torch.where(torch.from_numpy(flips[mine]).to(self.device)[:, None, None, None], hr.flip(-1), hr) / 255
         if self.degradation == "mixed":
             lr = degrade(hr, self.scale, np.random.default_rng([self.seed, 2, step]), self.rank, self.world)
         else:

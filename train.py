@@ -568,7 +568,7 @@ def parse_arguments(argv=None):
     add("--degradation", default="mixed", choices=["bicubic", "mixed"], help="how LR is made [%(default)s]")
     add("--fixed-batch-norm", action="store_true", help="batch norm of the generator keeps the statistics it starts "
         "with: to go on training good weights, faster, with small batches or on many GPUs")
-    add("--lr", type=float, help="learning rate of SRResNet (Adam, in the last 40 % a cosine to a hundredth) [4e-4; on CUDA 8e-4]")
+    add("--lr", type=float, help="learning rate of SRResNet (Adam, constant, then a cosine) [4e-4; on CUDA 8e-4]")
     add("--gan-lr", type=float, help="learning rate of SRGAN [1e-4; on CUDA 2e-4]")
     add("--discriminator-lr", type=float, metavar="LR", help="learning rate of the discriminator [that of --gan-lr]")
     add("--pixel-weight", type=float, default=1.0, help="of the mean squared error in SRGAN [%(default)s]")

@@ -26,7 +26,6 @@ from data_loader import (
     load_faces,
     printable,
     read_image,
-    resize,
     simulate,
     split_files,
     to_tensor,
@@ -450,10 +449,3 @@ def test_jpeg_is_pillows(tmp_path):
     theirs = np.array(Image.open(tmp_path / "a.jpg"))
     assert np.abs(jpeg(picture, 50).astype(int) - theirs).mean() < 1.5
     assert np.abs(theirs.astype(int) - picture).mean() > 4
-
-
-def test_resize_enlarges_like_pillow(faces):
-    picture = read_image(find_images(faces)[0])[0]
-    theirs = np.array(Image.fromarray(picture).resize((150, 140), Image.Resampling.BICUBIC))
-    ours = to_uint8(resize(to_tensor([picture]), 140, 150))[0]
-    assert np.abs(ours.astype(int) - theirs).max() <= 1
