@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -466,14 +467,16 @@ def test_nobody_fills_the_queue_and_who_leaves_is_dropped(workshop):
 
 
 def test_a_large_picture_does_not_hold_up_a_face(workshop):
-    job = SimpleNamespace(gone=False)
+    """The face comes after the tile that is being computed and one that may wait already; the others after it."""
+    begun, widths = threading.Event(), []
+    workshop.generator(1, 4).register_forward_pre_hook(
+        lambda _, inputs: widths.append(inputs[0].shape[-1]) or begun.set())
     with ThreadPoolExecutor() as pool:
-        large = pool.submit(upscale_picture, workshop.network(1, job), [np.zeros((1000, 1000, 3), np.uint8)])
-        while workshop.worker._work_queue.empty() and not large.done():
-            pass
+        large = pool.submit(upscale_picture, workshop.network(1), [np.zeros((600, 600, 3), np.uint8)])
+        assert begun.wait(20)
         assert workshop.upscale(np.zeros((32, 32, 3), np.uint8), 1).shape == (128, 128, 3)
-        assert not large.done()
-        job.gone = True
+        assert large.result().shape == (1, 2400, 2400, 3)
+    assert len(widths) == 10 and widths.index(32) <= 2
 
 
 def test_uploads_are_deleted_under_load_and_samples_stay(workshop, tmp_path, monkeypatch):
