@@ -326,8 +326,7 @@ def sample_faces():
 DETECTOR = Path(__file__).resolve().parent / "checkpoints" / "face_detection_yunet_2023mar.onnx"
 DETECTION_SIDES = (320, 640, 1280, 2560)    # the longest side, in pixels, at which a photograph is shown to it
 DETECTION_SCORE = 0.8                       # below, hands and coffee cups become faces
-SHARP, MIRRORED = 80, 0.12                  # of a face to train on: least working size of its 128 pixels, and most of
-                                            # its side that may lie outside the photograph
+SHARP, MIRRORED = 80, 0.12                  # of a face to train on: least working size, most of its side outside
 
 
 @dataclass(frozen=True)
@@ -377,7 +376,8 @@ def find_faces(picture):
     groups = []             # the same face is seen several times
     for _, face in sorted(found, key=lambda pair: -pair[0]):
         for group in groups:
-            if np.hypot(face.x - group[0].x, face.y - group[0].y) < 0.2 * (face.size + group[0].size):
+            opposed = np.cos(np.radians(face.angle - group[0].angle)) < 0     # upside down, its centre is the chin
+            if np.hypot(face.x - group[0].x, face.y - group[0].y) < (0.2 + 0.1 * opposed) * (face.size + group[0].size):
                 group.append(face)
                 break
         else:
@@ -386,11 +386,12 @@ def find_faces(picture):
 
 
 def _best(faces):
-    """Choose among views of one face, best first. Some see it upside down: the first of those counts that agree,
-    within 90 degrees, with the turn that has most support."""
-    turns = np.array([face.score * np.exp(1j * np.radians(face.angle)) for face in faces])
+    """Choose among views of one face, best first. Many see it upside down, with lower scores: the first of those counts
+    that agree, within 90 degrees, with the turn that has most support."""
+    turns = np.exp(1j * np.radians([face.angle for face in faces]))
     agreement = (turns[:, None] * turns.conj()).real
-    return faces[(agreement[agreement.clip(0).sum(0).argmax()] > 0).argmax()]
+    support = agreement.clip(0) @ np.square([face.score - DETECTION_SCORE for face in faces])
+    return faces[(agreement[support.argmax()] > 0).argmax()]
 
 
 def _frame(points, score):

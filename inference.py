@@ -41,7 +41,6 @@ from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError,
                    siblings, upscale, upscale_pictures)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
-STRENGTH = 1.0              # of the shipped weights; chosen on the validation faces
 WRITERS = 8                 # threads that compress PNGs; as many pictures wait to be written
 SHOWN = 12                  # pictures in the comparison figure
 RESULT_LIMIT = 400_000_000  # pixels of a result, of which each takes up to 8 bytes
@@ -141,6 +140,8 @@ def main(args):
         raise UsageError(f"--hr {args.hr}: there is no such folder")
     load = functools.partial(load_generator, device=device, precision=args.precision, flip=args.flip)
     generator, faithful = load(args.checkpoint, args.strength), load(args.checkpoint, 0) if args.added else None
+    if args.scale not in (None, generator.scale):
+        tqdm.write(f"warning: {args.checkpoint} enlarges {generator.scale} times, whatever --scale says", sys.stderr)
     args.output.mkdir(parents=True, exist_ok=True)
 
     scores, sheet, faces, taken, done = {}, {}, [], set(), 0
@@ -160,7 +161,7 @@ def main(args):
             rows = photo_rows(picture, sr) if show else []
         elif picture.hr is not None or show:
             added = added_detail(faithful, picture.lr, sr) if show and faithful else None
-            row, line = compare(picture, sr, generator.scale, added)
+            row, line = compare(picture, sr, generator.scale, added, args.kernel)
             rows = [row]
         try:
             writing.result()
@@ -186,10 +187,9 @@ def main(args):
     except OSError as error:
         failed(f"{error.filename or args.output}: cannot be written ({error.strerror})")
         sheet = {}
-    what = f"photograph{'s' * (done != 1)} restored" if args.photo else \
-        f"picture{'s' * (done != 1)} upscaled {generator.scale}x"
-    print(f"{done} {what} into {args.output} in {time.monotonic() - started:.1f} s on the {device.type}"
-          + f"; compare: {comparison}" * bool(sheet))
+    what, how = ("photograph", "") if args.photo else ("picture", f" upscaled {generator.scale}x")
+    print(f"{done} {what}{'s' * (done != 1)}{how} into {args.output} in {time.monotonic() - started:.1f} s on the "
+          f"{device.type}" + f"; compare: {comparison}" * bool(sheet))
     return 2 if not done else 1 if problems else 0
 
 
@@ -230,15 +230,15 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 #photo img, .pixels img {width: 100% !important; height: 100% !important; object-fit: contain}
 #work {display: grid; gap: 16px; grid-template: "give show" auto "knobs show" 1fr / minmax(300px, 1fr) minmax(0, 2fr)}
 #give {grid-area: give} #show {grid-area: show} #knobs {grid-area: knobs}
-#compare img {max-height: 480px !important; object-fit: contain !important}
+#compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: 480px !important}
+#compare.fullscreen {height: 100% !important} #compare.fullscreen img {height: 96vh !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
-:is(#faces, #pairs) .grid-container button {aspect-ratio: 2}
+:is(#faces, #pairs) .grid-container button {aspect-ratio: 1.75; padding-bottom: 2em}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
 #scissors button:is([aria-label=Brush], [aria-label=Erase], [aria-label=Color], [aria-label="Brush Size"]) {
     display: none}
-#status {min-height: 3em} #desk {max-width: 640px; margin: auto}
-#stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto;
-    object-fit: contain !important}
+#status {min-height: 3em} #desk {max-width: 640px; margin: auto} :is(#faces, #pairs) .grid-wrap {padding-top: 2.4em}
+#stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto}
 #stimulus .icon-button-wrapper, footer {display: none}
 #grades {flex-wrap: nowrap; gap: 6px; align-items: stretch}
 #grades button {font: 500 min(.9rem, 3vw) system-ui; padding: 12px 2px}
@@ -417,12 +417,14 @@ class Workshop:
         picture = self.read(path, folder / f"{path.stem}_x{scale}.png", scale, shrink, whole)
         sr = self.restore(job, picture, strength, whole or shrink, scale)
         factor = len(sr) // len(picture.lr)
-        if picture.patches or factor != scale:
-            picture.output = folder / f"{path.stem}_restored.png"
+        photo = not whole and not shrink and max(picture.lr.shape) > FACE_AT_MOST
+        if photo:
+            restored = any(patch.action == "restored" for patch in picture.patches)
+            picture.output = folder / f"{path.stem}_{'restored' if restored else f'x{factor}'}.png"
         write_result(picture, sr)
         bicubic, scores = enlarge(picture.lr, factor), {} if picture.hr is None else compare(picture, sr, scale)[1]
         invented = None
-        if added and not picture.patches and factor == scale:
+        if added and not photo:
             invented = added_detail(self.network(0, job, scale), picture.lr, sr)
         pair = [picture.output, folder / "bicubic.png"]
         if max(sr.shape) <= SCREEN:
@@ -433,8 +435,9 @@ class Workshop:
                 write_png(file, fit(large, SCREEN))
         (height, width), (large_height, large_width) = picture.lr.shape[:2], sr.shape[:2]
         line = f"{width} x {height} → {large_width} x {large_height} pixels"
-        if not whole and not shrink and max(picture.lr.shape) > FACE_AT_MOST:
-            line += f"; {photo_sentence(picture.patches)}"
+        if photo:
+            line += f"; {photo_sentence(picture.patches)}" + "; nothing was changed" * (factor == 1 and not restored)
+            line += "; 8x and what was invented are for one face" * (added or scale != min(self.files))
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
         line += "; for a face so small, try 8x" * (factor == 4 and 8 in self.files and max(picture.lr.shape) < TINY)
         if scores:
@@ -450,7 +453,7 @@ class Workshop:
         """Upscale many uploads, photographs with their faces: (files of pairs bicubic | ours with their names, ZIP or
         None, sentences on what cannot be read)."""
         folder, taken, pairs, problems = Path(tempfile.mkdtemp(dir=self.folder)), set(), [], []
-        archive = folder / f"faces_x{self.scale}.zip"
+        archive = folder / "results.zip"
         with zipfile.ZipFile(archive, "w") as pack:
             for number, path in enumerate(paths, 1):
                 job.text = f"Picture {number} of {len(paths)}"
@@ -529,7 +532,7 @@ def build_app(workshop, study):
                 elif result:
                     pairs, archive, problems = result
                     text = f"{len(pairs)} enlarged, {len(problems)} could not be read."
-                    yield pairs, archive, "\n- ".join([text, *problems])
+                    yield pairs, archive, "\n- ".join([text, *(name for _, name in pairs if ": " in name), *problems])
         except (DataError, CheckpointError, UsageError, OSError, MemoryError) as error:
             yield [], None, f"**{error or 'Not enough memory'}**"
 
@@ -580,7 +583,7 @@ def build_app(workshop, study):
                                  "20 pixels, in which nobody is recognised: nearly everything is invented.")
                 strength = make_knob()
                 shrink = gr.Checkbox(label="This is already sharp: shrink it first",
-                                     info="Then the truth is known, and shown beside the result.")
+                                     info="As one face. Then the truth is known, and shown beside the result.")
                 added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob)
                 whole = gr.Checkbox(label="Treat it as one face", info="Otherwise a picture of more than "
                                     f"{FACE_AT_MOST} pixels is a photograph, whose faces are searched for.")
@@ -682,12 +685,11 @@ def parse_arguments(argv=None):
     add("--damage", default="none", choices=DAMAGES, help="what else --simulate does to the picture [%(default)s]")
     add("--scale", type=int, choices=[4, 8], help="enlargement: 8 is for faces of 12 to 20 pixels [4]")
     add("--checkpoint", type=Path, metavar="FILE", help="trained generator, of any scale [the shipped SRGAN]")
-    add("--strength", type=float, help="from 0, faithful: the SRResNet that lies beside the checkpoint, to 1, "
-        f"vivid: the checkpoint itself [{STRENGTH} for the shipped weights, 1 with --checkpoint]")
+    add("--strength", type=float, default=1.0, help="from 0, faithful: the SRResNet that lies beside the checkpoint, "
+        "to 1, vivid: the checkpoint itself [%(default)s]")
     add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
     add("--flip", action="store_true", help="average with the mirrored picture's result: more faithful, half as fast")
-    add("--photo", action="store_true", help="the inputs are photographs: find their faces, restore each where that "
-        "makes it better, and put them back")
+    add("--photo", action="store_true", help="the inputs are photographs: find and restore their faces")
     add("--enlarge", type=int, choices=[1, 2, 4], help="of a photograph [4 up to 1 megapixel, 2 up to 4, else 1]")
     add("--background", choices=["network", "bicubic"], help="how the rest of a photograph is enlarged 4 "
         "times [network up to half a megapixel, else bicubic; 1 and 2 times always bicubic]")
@@ -699,21 +701,20 @@ def parse_arguments(argv=None):
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in [%(default)s]")
     add("--port", type=int, help="port to listen on [the first free one from 7860 on]")
     add("--auth", metavar="NAME:PASSWORD", help="let in only who knows both")
-    add("--study", type=Path, metavar="DIR", help="HR faces for a blind study in the interface: people rate the "
-        "originals and four ways to enlarge them, without knowing which is which")
+    add("--study", type=Path, metavar="DIR", help="HR faces for a blind study: people rate them and four enlargements")
     add("--ratings", type=Path, metavar="CSV", help="file that the ratings are appended to [results/ratings.csv]")
     add("--seed", type=int, default=0, help="of the order in which a rater sees the pictures [%(default)s]")
     add("--study-report", type=Path, metavar="CSV", help="print the mean opinion scores of a study, and plot them")
     args = parser.parse_args(argv)
     args.ratings = args.ratings or args.output / "ratings.csv"
-    if args.strength is None:
-        args.strength = 1.0 if args.checkpoint else STRENGTH
     args.checkpoint = args.checkpoint or CHECKPOINT.with_name(f"srgan_x{args.scale or 4}.pth")
     for wrong, sentence in (
             (args.photo and (not args.inputs or args.hr or args.simulate or args.added),
              "--photo needs INPUT, and does not go with --simulate, --hr or --added"),
             (args.scale and args.photo, "--photo chooses the enlargement of each face itself: leave out --scale"),
             ((args.enlarge or args.background) and not args.photo, "--enlarge and --background need --photo"),
+            (args.inputs and not args.simulate and (args.kernel, args.damage) != ("bicubic", "none"),
+             "--kernel and --damage need --simulate"),
             (args.study and not args.ui, "--study needs --ui"),
             (args.ui and (args.inputs or args.hr or args.simulate),
              "--ui takes its pictures in the browser: leave out INPUT, --hr and --simulate"),

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data_loader import (MARK, METRICS, DataError, choose_output, downscale, enlarge, find_images, printable,
-                         read_image, simulate, square_face, to_tensor, to_uint8, write_atomically, write_csv)
+from data_loader import (MARK, METRICS, DataError, choose_output, enlarge, find_images, printable, read_image, simulate,
+                         square_face, write_atomically, write_csv)
 from model import CheckpointError, load_plain
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
@@ -228,9 +228,10 @@ def shortened(text, length):
     return text if len(text) <= length else f"{text[:length // 2 - 1]}…{text[len(text) - length + length // 2:]}"
 
 
-def compare(picture, sr, scale, added=None):
+def compare(picture, sr, scale, added=None, kernel="bicubic"):
     """Compare a result with bicubic and, where it is known, the ground truth: (its row for `plot_comparison`, with the
-    picture `added` at its end, its line of metrics.csv or {}). Of a large picture, the part with most detail."""
+    picture `added` at its end, its line of metrics.csv or {}). Of a large picture, the part with most detail.
+    LR-PSNR: the result, reduced again by `kernel`, against the LR that was given."""
     shown, part, large = picture.lr, picture.lr, sr.shape[0] // len(picture.lr)
     top, left, side = 0, 0, max(shown.shape)
     if side > 128:
@@ -247,7 +248,7 @@ def compare(picture, sr, scale, added=None):
     if picture.hr is not None:
         baseline, ours = score(enlarge(picture.lr, scale), picture.hr), score(sr, picture.hr)
         scores = {**ours, **{f"{name}_bicubic": value for name, value in baseline.items()},
-                  "lr_psnr": psnr(to_uint8(downscale(to_tensor([sr]), scale))[0], picture.lr)}
+                  "lr_psnr": psnr(simulate(sr, scale, kernel)[0], picture.lr)}
         row[1:] = [(*cell[:2], f"{values['psnr']:.2f} dB / {values['ssim']:.3f}")
                    for cell, values in zip(row[1:], (baseline, ours))]
         row.append(("ground truth", picture.hr[window], "PSNR / SSIM"))
@@ -281,7 +282,8 @@ def photo_rows(picture, sr):
         framed = frame(framed, patch.top, patch.left, patch.side, str(number))
         faces.append([("before", pair[0], f"{number}: {patch.side} pixels"), ("after", pair[1], patch.action)])
     rows = [sum(faces[i:i + 2], []) for i in range(0, len(faces), 2)] or [[]]
-    first = ("photograph", framed, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}")
+    first = ("photograph", framed, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"
+             + f", {len(faces)} of {len(picture.patches)} faces" * (len(faces) < len(picture.patches)))
     return [[None if i else first, *row] for i, row in enumerate(rows)]
 
 

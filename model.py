@@ -224,7 +224,7 @@ def added_detail(faithful, lr, sr):
 
 SMALLEST = {4: 20, 8: 12}   # pixels of a frame from which a face can be made, by the largest scale at hand
 TINY = 24                   # pixels: below, eight times gives the better face (LPIPS 0.13 against 0.15 at 20)
-DETAIL = 46                 # pixels: what shows more than fits in them is sharper than anything we give
+DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = 0.6                  # of its frame: a face that fits in less of it is blurred
 
 
@@ -256,7 +256,8 @@ def find_patches(photo, factor, smallest=SMALLEST[4]):
         soft = size < SOFT * side
         action = "small" if side < smallest else \
             "sharp" if size > DETAIL or factor == 1 and not soft else "restored"
-        patches.append(Patch(face, top, left, side, size, action, resize_square(lr, size) if soft else lr))
+        patches.append(Patch(face, top, left, side, size, action,
+                             resize_square(lr, size) if soft and action == "restored" else lr))
     return patches
 
 
@@ -281,8 +282,9 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
     """Yield (picture, sr) for each Picture of a photograph, in order; sr (NH, NW, 3) uint8, picture.patches its faces.
 
     `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
-    rest is enlarged: by default with the network, where that is quick. Faces go through it in batches, those of
-    several photographs together; `tiny`, a generator of scale 8, takes those of fewer than TINY pixels.
+    rest is enlarged: by default with the network, where that is quick and no face is too sharp for it. Faces go through
+    it in batches, those of several photographs together; `tiny`, a generator of scale 8, takes those of fewer than TINY
+    pixels.
     """
     def restore(group):
         patches = [patch for _, _, faces in group for patch in faces if patch.action == "restored"]
@@ -292,10 +294,13 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
                 pass
         for picture, number, picture.patches in group:
             megapixels = picture.lr.shape[0] * picture.lr.shape[1] / 1e6
-            way = background or ("network" if megapixels <= 0.5 else "bicubic")
-            canvas = upscale(generator, [picture.lr])[0] if way == "network" and number == generator.scale else \
-                enlarge(picture.lr, number)
+            sharp = any(patch.action == "sharp" for patch in picture.patches)
+            way = background or ("network" if megapixels <= 0.5 and not sharp else "bicubic")
+            painted = way == "network" and number == generator.scale
+            canvas = upscale(generator, [picture.lr])[0] if painted else enlarge(picture.lr, number)
             for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
+                if painted and patch.action == "sharp":
+                    patch.sr = enlarge(patch.lr, number)
                 if patch.sr is not None:
                     lay(patch, canvas, number)
             yield picture, canvas

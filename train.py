@@ -120,7 +120,7 @@ def plot_curves(log, path):
         axes.set(title=title, xlabel="step of the stage")
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="small", framealpha=0.5)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
@@ -487,7 +487,7 @@ def main(args):
                 if dist.is_initialized():
                     dist.barrier()      # the next stage reads what this one's main process writes
     if main_process:
-        print(f"done: {args.output}")
+        print(f"done: {'the whole line works' if args.dry_run else args.output}")
 
 
 def run_stage(stage, stop):
@@ -541,7 +541,7 @@ def parse_arguments(argv=None):
     add("--output", type=Path, metavar="DIR", help="for checkpoints, state and log (default: checkpoints; "
         "with --dry-run a temporary folder)")
     add("--resume", action="store_true", help="go on with the training in --output, with its flags")
-    add("--dry-run", action="store_true", help="prove the whole line on generated faces, in seconds")
+    add("--dry-run", action="store_true", help="prove the whole line, but for VGG, on generated faces, in seconds")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
@@ -606,6 +606,9 @@ def parse_arguments(argv=None):
         value = getattr(args, name)
         if value is not None and not (isinstance(value, (int, float)) and least <= value <= most):
             raise TrainingError(f"--{name.replace('_', '-')} must be from {least:g} to {most:g}")
+    for folder in filter(None, [*(args.train_dir or ()), *(args.gan_train_dir or ()), args.val_dir]):
+        if not Path(folder).is_dir():       # before VGG is downloaded
+            raise TrainingError(f"{folder}: there is no such folder")
     if not args.pretrain_steps + args.gan_steps:
         raise TrainingError("--pretrain-steps and --gan-steps must not both be 0")
     if args.patch_size % args.scale:

@@ -195,12 +195,14 @@ def measure_commands(args, device, folder):
         return path
 
     one = save(folder / "one.png", 32)
-    starts = [(command("-c", "import torch")[0], command(ROOT / "inference.py", one, *flags)[0])
-              for _ in range(1 + args.repeats)][1:]
-    bare, start = (statistics.median(values) for values in zip(*starts))
     for i in range(number):
         save(folder / "many" / f"{i}.png", 32)
-    many, many_memory = command(ROOT / "inference.py", folder / "many", *flags)
+    calls = {"bare": ("-c", "import torch"), "start": (ROOT / "inference.py", one, *flags),
+             "many": (ROOT / "inference.py", folder / "many", *flags)}
+    command(*calls["start"])                    # warms the file cache
+    turns = [{name: command(*call) for name, call in calls.items()} for _ in range(3)]
+    bare, start, many = (statistics.median(turn[name][0] for turn in turns) for name in calls)
+    many_memory = max(turn["many"][1] for turn in turns)
     large, large_memory = command(ROOT / "inference.py", save(folder / "large.png", side), *flags)
     photo, photo_memory = command(ROOT / "inference.py", save_photo(folder / "photo.jpg"), "--photo", *flags)
 

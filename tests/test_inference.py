@@ -98,7 +98,9 @@ def test_shipped_srresnet_beats_bicubic(scale):
 def test_the_scale_is_that_of_the_checkpoint_where_one_is_given(run, tmp_path, capsys):
     save(tmp_path / "a.png", noise(8, 8))
     assert run(tmp_path / "a.png", "--scale", "8") == 0
-    assert read_image(tmp_path / "out" / "a.png")[0].shape == (32, 32, 3) and "upscaled 4x" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert read_image(tmp_path / "out" / "a.png")[0].shape == (32, 32, 3) and "upscaled 4x" in said.out
+    assert "enlarges 4 times, whatever --scale says" in said.err
     assert run(tmp_path / "a.png", "--scale", "8", "--photo") == 2
     assert "leave out --scale" in capsys.readouterr().err
 
@@ -291,6 +293,17 @@ def test_scores_are_those_of_the_files(run, tmp_path, faces):
         )
 
 
+def test_lr_psnr_reduces_as_the_input_was_reduced(run, tmp_path, faces):
+    """A result that keeps to the LR it was given gets a high score, whichever way that was made."""
+    (face,) = list(find_images(faces))[:1]
+    assert run(face, "--simulate", "--kernel", "cv2-linear") == 0
+    with open(tmp_path / "out" / "metrics.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    lr = cv2.resize(read_image(face)[0], (32, 32))
+    again = cv2.resize(read_image(next((tmp_path / "out").glob(f"{face.stem}.png")))[0], (32, 32))
+    assert float(row["lr_psnr"]) == pytest.approx(peak_signal_noise_ratio(lr, again), abs=0.2)
+
+
 def test_simulate_reduces_first(run, tmp_path, faces):
     whole = next(iter(find_images(faces)))
     save(tmp_path / "odd.png", read_image(whole)[0][:127, :101])
@@ -361,6 +374,8 @@ def test_usage_errors_are_one_sentence_and_status_2(run, tmp_path, capsys):
         (tmp_path / "a.png", "--seed", "9" * 40),
         (tmp_path / "a.png", "--strength", "nan"),
         (tmp_path / "a.png", "--strength", 1.5),
+        (tmp_path / "a.png", "--kernel", "cv2-linear"),
+        (tmp_path / "a.png", "--damage", "blur"),
         ("--hr", tmp_path),
     ]
     for call in calls:

@@ -70,6 +70,17 @@ def test_faces_are_found_in_every_turn_and_size(portraits):
         assert face.score > 0.8
 
 
+def test_a_close_up_is_not_taken_upside_down(portraits):
+    """The detector sees a head that fills the picture in every turn."""
+    for name, small, large in (("astronaut", 40, 128), ("hopper", 40, 160), ("hopper", 64, 200)):
+        picture, x, y, side = portraits[name]
+        face = picture[y - side // 2:y + side // 2, x - side // 2:x + side // 2]
+        face = resize_square(resize_square(face, small), large)
+        for turns in (0, 1):
+            [found] = find_faces(np.ascontiguousarray(np.rot90(face, -turns)))
+            assert abs(found.angle - 90 * turns) < 20
+
+
 def test_no_faces_where_there_are_none(tmp_path, monkeypatch):
     assert find_faces(skimage.data.coffee()) == [] == find_faces(np.full((40, 3000, 3), GRAY, np.uint8))
     monkeypatch.setattr(data_loader, "DETECTOR", tmp_path / "absent.onnx")
@@ -106,10 +117,16 @@ def test_a_restored_face_is_nearer_to_the_truth(portraits, generator):
 def test_a_blurred_face_is_restored_and_a_sharp_one_left_alone(portraits, generator):
     """Also beside each other: what is sharp comes back as bicubic gives it, at 1x pixel for pixel."""
     photo, _ = compose(portraits, [("hopper", 110, 0, 10, 40), ("astronaut", 110, 0, 190, 40)])
-    for factor in (1, 2):
+    for factor in (1, 2, 4):
         sr, patches = restore(generator, photo, factor=factor)
         assert [patch.action for patch in patches] == ["sharp"] * 2
         assert np.array_equal(sr, enlarge(photo, factor))
+    change = np.abs(restore(generator, photo, factor=4, background="network")[0].astype(int) - sr)
+    for patch in patches:       # what goes around a face does not paint over it
+        margin = patch.side // 5
+        place = change[4 * patch.top:, 4 * patch.left:][:4 * patch.side, :4 * patch.side]
+        assert place[4 * margin:-4 * margin, 4 * margin:-4 * margin].max() <= 1
+    assert change.max() > 20
     photo[:, 180:] = cv2.GaussianBlur(photo[:, 180:], (0, 0), 3)
     sr, patches = restore(generator, photo, factor=1)
     assert [patch.action for patch in patches] == ["sharp", "restored"]
@@ -166,7 +183,7 @@ def test_tiny_faces_go_through_the_network_for_eight_times(portraits, generator)
 
 
 def test_the_command_writes_the_picture_the_table_and_the_figure(portraits, tmp_path, capsys):
-    photo, truth = compose(portraits, [("hopper", 36, 0, 10, 10), ("astronaut", 100, 0, 80, 30)], 240, 170)
+    photo, truth = compose(portraits, [("hopper", 36, 0, 10, 10), ("astronaut", 130, 0, 80, 30)], 320, 220)
     (tmp_path / "in" / "sub").mkdir(parents=True)
     transparent = np.dstack([photo, np.full(photo.shape[:2], 200, np.uint8)])
     Image.fromarray(transparent).save(tmp_path / "in" / "party.png")
@@ -185,7 +202,7 @@ def test_the_command_writes_the_picture_the_table_and_the_figure(portraits, tmp_
             "party.png", "coffee.png", "comparison.png", "faces.csv", "faces.csv.csv"}
     assert (out / "faces.csv").read_text() == "mine"
     sr, alpha = read_image(out / "party.png")
-    assert sr.shape == (680, 960, 3) and (alpha == 200).all()
+    assert sr.shape == (880, 1280, 3) and (alpha == 200).all()
     with open(out / "faces.csv.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == list(data_loader.FACES)

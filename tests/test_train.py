@@ -633,6 +633,14 @@ def test_without_a_compiler_one_sentence(tmp_path):
         assert error.splitlines()[-1].startswith("train.py: the networks cannot be compiled"), error
 
 
+def test_a_missing_folder_is_said_before_vgg_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "VGGFeatures", None)
+    for name in ("--train-dir", "--gan-train-dir", "--val-dir"):
+        with pytest.raises(SystemExit, match="absent: there is no such folder"):
+            train.run(["--train-dir", str(tmp_path), name, str(tmp_path / "absent"), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_users_mistakes_are_one_sentence(flags, tmp_path):
     (tmp_path / "empty").mkdir()
     train.run([*flags, "--pretrain-steps", "1", "--gan-steps", "0"])
@@ -677,10 +685,10 @@ def test_a_full_gpu_is_one_sentence_that_names_the_batch_size(flags, monkeypatch
     assert stop.value.code.startswith("train.py: the GPU's memory is full") and "--batch-size" in stop.value.code
 
 
-def test_the_defaults_suit_the_device(monkeypatch):
+def test_the_defaults_suit_the_device(monkeypatch, tmp_path):
     def defaults(device, *more):
         monkeypatch.setattr(train, "select_device", lambda name: torch.device(device))
-        args = train.parse_arguments(["--train-dir", "x", *more])
+        args = train.parse_arguments(["--train-dir", str(tmp_path), *more])
         return args.batch_size, args.lr, args.gan_lr
 
     assert defaults("cpu") == (16, 4e-4, 1e-4)
