@@ -692,7 +692,7 @@ def parse_arguments(argv=None):
     add("--photo", action="store_true", help="the inputs are photographs: find and restore their faces")
     add("--enlarge", type=int, choices=[1, 2, 4], help="of a photograph [4 up to 1 megapixel, 2 up to 4, else 1]")
     add("--background", choices=["network", "bicubic"], help="how the rest of a photograph is enlarged 4 "
-        "times [network up to half a megapixel, else bicubic; 1 and 2 times always bicubic]")
+        "times [network up to half a megapixel where no face is left alone; else, and 1 or 2 times, bicubic]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="auto", choices=PRECISIONS, help=PRECISION_HELP)
     add("--batch-size", type=int, default=16, help="pictures of one size at a time [%(default)s]")
