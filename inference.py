@@ -90,8 +90,7 @@ def read_pictures(args, files, scale, taken, failed):
                 tqdm.write(f"{path}: {width}x{height} pixels become {width * scale}x{height * scale}, which takes a "
                            "while; --photo restores only the faces of a photograph, in seconds")
             output = choose_output(relative, args.output, taken)
-            name = printable(output.relative_to(args.output).with_suffix(""))
-            yield Picture(name, output, lr, alpha, hr)
+            yield Picture(printable(output.relative_to(args.output).with_suffix("")), output, lr, alpha, hr)
         except (DataError, OSError, MemoryError) as error:
             reason = str(error) or "not enough memory"
             failed(reason if str(path) in reason else f"{path}: {reason}")
@@ -423,9 +422,7 @@ class Workshop:
             picture.output = folder / f"{path.stem}_{'restored' if restored else f'x{factor}'}.png"
         write_result(picture, sr)
         bicubic, scores = enlarge(picture.lr, factor), {} if picture.hr is None else compare(picture, sr, scale)[1]
-        invented = None
-        if added and not photo:
-            invented = added_detail(self.network(0, job, scale), picture.lr, sr)
+        invented = added_detail(self.network(0, job, scale), picture.lr, sr) if added and not photo else None
         pair = [picture.output, folder / "bicubic.png"]
         if max(sr.shape) <= SCREEN:
             write_result(replace(picture, output=pair[1]), bicubic)
@@ -436,7 +433,8 @@ class Workshop:
         (height, width), (large_height, large_width) = picture.lr.shape[:2], sr.shape[:2]
         line = f"{width} x {height} → {large_width} x {large_height} pixels"
         if photo:
-            line += f"; {photo_sentence(picture.patches)}" + "; nothing was changed" * (factor == 1 and not restored)
+            unchanged = "; nothing was changed" if factor == 1 else "; only enlarged"
+            line += f"; {photo_sentence(picture.patches)}" + unchanged * (not restored)
             line += "; 8x and what was invented are for one face" * (added or scale != min(self.files))
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
         line += "; for a face so small, try 8x" * (factor == 4 and 8 in self.files and max(picture.lr.shape) < TINY)
@@ -446,7 +444,7 @@ class Workshop:
         faces = [(np.hstack([resize_square(face, 256) for face in pair]),
                   f"{number}: {patch.side} pixels, {patch.action}")
                  for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
-        return SimpleNamespace(file=str(picture.output), pair=(str(pair[1]), str(pair[0])), hr=picture.hr,
+        return SimpleNamespace(file=str(picture.output), pair=(str(pair[1]), str(pair[0])), hr=picture.hr, photo=photo,
                                lr=None if picture.hr is None else picture.lr, invented=invented, faces=faces, line=line)
 
     def enlarge_all(self, job, paths, strength):
@@ -498,9 +496,12 @@ def build_app(workshop, study):
 
     def shown(result):
         """What the page shows of a result of Workshop.enlarge, or of None."""
-        result = result or SimpleNamespace(file=None, pair=None, lr=None, hr=None, invented=None, faces=[], line="")
+        absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
+        result = result or SimpleNamespace(**absent, faces=[], line="")
         return {slider: result.pair, pixels: gr.Image(result.lr, visible=result.lr is not None), status: result.line,
                 truth: gr.Image(result.hr, visible=result.hr is not None),
+                added: gr.Checkbox(interactive=workshop.has_knob and not result.photo),
+                scale: gr.Radio(interactive=not result.photo),
                 invented: gr.Image(result.invented, visible=result.invented is not None),
                 faces: gr.Gallery(result.faces, visible=bool(result.faces)),
                 download: gr.DownloadButton(value=result.file, interactive=bool(result.file)),
@@ -585,8 +586,7 @@ def build_app(workshop, study):
                 shrink = gr.Checkbox(label="This is already sharp: shrink it first",
                                      info="As one face. Then the truth is known, and shown beside the result.")
                 added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob)
-                whole = gr.Checkbox(label="Treat it as one face", info="Otherwise a picture of more than "
-                                    f"{FACE_AT_MOST} pixels is a photograph, whose faces are searched for.")
+                whole = gr.Checkbox(label="Treat it as one face", info="Else a large picture is searched for faces.")
                 gr.Examples(samples, [photo, shrink, scale], label="Or try one of these", example_labels=titles)
                 with gr.Accordion("A face was missed? Cut it out by hand", open=False) as scissors:
                     gr.Markdown("Click the picture symbol, then the crop symbol; drag the corners, confirm the crop.")
@@ -599,7 +599,7 @@ def build_app(workshop, study):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
             made, clock = gr.State(), gr.Timer(20, active=False)
-            outputs = [slider, pixels, truth, invented, faces, download, cancel, clock, made, status]
+            outputs = [slider, pixels, truth, invented, faces, download, cancel, clock, made, scale, added, status]
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             gr.on([photo.change, strength.change, shrink.input, added.input, whole.change, scale.input], upscale_one,
                   [photo, strength, shrink, added, whole, scale], outputs, trigger_mode="multiple",

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data_loader import (MARK, METRICS, DataError, choose_output, enlarge, find_images, printable, read_image, simulate,
-                         square_face, write_atomically, write_csv)
+from data_loader import (MARK, METRICS, DataError, choose_output, enlarge, find_images, is_result, printable,
+                         read_image, simulate, square_face, write_atomically, write_csv)
 from model import CheckpointError, load_plain
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
@@ -193,7 +193,8 @@ def plot_comparison(path, rows, note=""):
     than four rows stand beside each other; a title is written once above its column; `note` at the foot."""
     from matplotlib.figure import Figure                # slow to import, not always needed
     columns = max(map(len, rows))
-    blocks = 1 if len(rows) <= 4 else max(1, 10 // columns)
+    whole = len(rows) <= 4 or any(row[:1] == [None] for row in rows)      # the rows of a photograph stay together
+    blocks = 1 if whole else max(1, 10 // columns)
     lines = -(-len(rows) // blocks)
     cell, gap, caption, sizes = (280, 8, 24, (9, 10)) if blocks == 1 else (172, 5, 24, (7, 8))      # pixels, points
     width = blocks * columns * (cell + gap) + (blocks - 1) * 4 * gap
@@ -261,8 +262,10 @@ def frame(picture, top, left, side, text=""):
     """Draw a square frame, with a number, into a copy of a picture."""
     picture, line = picture.copy(), max(1, max(picture.shape) // 400)
     cv2.rectangle(picture, (left, top), (left + side, top + side), (255, 220, 0), line)
-    cv2.putText(picture, text, (left + 2 * line, top + 12 * line), cv2.FONT_HERSHEY_SIMPLEX, 0.4 * line,
-                (255, 220, 0), line, cv2.LINE_AA)
+    size = max(picture.shape) / 500         # to be read where the whole picture is small
+    place = (max(0, left), max(round(24 * size), top - 3 * line))
+    for colour, width in (((0, 0, 0), 4 * line), ((255, 220, 0), 2 * line)):
+        cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, colour, width, cv2.LINE_AA)
     return picture
 
 
@@ -383,7 +386,7 @@ class Study:
         self.ratings, self.seed, self.faces, self.pictures = ratings, seed, [], {}
         if ratings.exists():
             read_ratings(ratings)
-        files = find_images(folder)
+        files = [path for path in find_images(folder) if not is_result(path)]
         number = min(FACES, len(files))
         for path in (files[i * len(files) // number] for i in range(number)):
             try:

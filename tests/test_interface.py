@@ -104,15 +104,16 @@ def command(app, output, *arguments):
 
 def upscale(client, path, strength=1.0, shrink=False, added=False, whole=False, scale=4):
     """Call the Upscale tab: a namespace of pictures (None where there is none) and the line of text."""
-    *outputs, line = client.predict(path and handle_file(path), strength, shrink, added, whole, scale,
-                                    api_name="/upscale")
+    path = path and handle_file(path)
+    *outputs, eightfold, invent, line = client.predict(path, strength, shrink, added, whole, scale, api_name="/upscale")
     gallery = outputs.pop(4).get("value") or []
     faces = [(np.array(Image.open(face["image"])), face["caption"]) for face in gallery]
     files = [part["value"] if isinstance(part, dict) and "value" in part else part for part in outputs]
     pair, *files = [None if isinstance(part, dict) else part for part in files]
     pictures = [path and np.array(Image.open(path)) for path in (*(pair or (None, None)), *files)]
     names = ("bicubic", "ours", "lr", "truth", "invented", "download")
-    return SimpleNamespace(line=line, faces=faces, **dict(zip(names, pictures)))
+    controls = [update.get("interactive") for update in (eightfold, invent)]
+    return SimpleNamespace(line=line, faces=faces, controls=controls, **dict(zip(names, pictures)))
 
 
 def test_the_download_is_what_the_command_writes(app, client, tmp_path):
@@ -122,7 +123,7 @@ def test_the_download_is_what_the_command_writes(app, client, tmp_path):
         expected = command(app, tmp_path / "out", path, "--strength", strength)
         assert np.array_equal(result.download, expected) and np.array_equal(result.ours, expected)
         assert result.truth is None and result.invented is None
-    assert result.bicubic.shape == (40, 48, 4)
+    assert result.bicubic.shape == (40, 48, 4) and result.controls == [True, True]
     assert result.lr is None        # it is on the page already
     result = upscale(client, plain)
     line = r"12 x 10 → 48 x 40 pixels; in \d\.\d\d s on the CPU; for a face so small, try 8x"
@@ -169,7 +170,7 @@ def test_a_photograph_is_searched_for_faces(app, client, tmp_path):
     path = tmp_path / "astronaut.png"
     small.save(path)
     result = upscale(client, path)
-    assert "1 face, 1 restored" in result.line
+    assert "1 face, 1 restored" in result.line and result.controls == [False, False]
     assert np.array_equal(result.download, command(app, tmp_path / "out", path, "--photo"))
     assert [caption.split(":")[0] for _, caption in result.faces] == ["1"]
     assert result.faces[0][0].shape == (256, 512, 3) and "restored" in result.faces[0][1]
