@@ -164,7 +164,7 @@ def place_faces(faces, device):
 
 
 def set_aside(path):
-    """Rename a file of an earlier training to a free name beside it, so that nothing is lost."""
+    """Rename what an earlier training wrote to a free name beside it, so that nothing is lost."""
     if path.exists():
         free = next(name for n in range(1, 10**6)
                     if not (name := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists())
@@ -256,7 +256,7 @@ class Stage:
         scale = min(pretrained.scale, generator.scale)
         if pretrained.architecture | {"scale": scale} != generator.architecture | {"scale": pretrained.scale}:
             raise TrainingError(f"{path} has the architecture {pretrained.architecture}, not "
-                                f"{generator.architecture}; give its flags, or another --output")
+                                f"{generator.architecture}; give its flags, or another --init or --output")
         weights, last = pretrained.state_dict(), len(pretrained.upsample) - 3       # of three layers a doubling
         for name in generator.state_dict():
             part, _, rest = name.partition(".")
@@ -470,8 +470,8 @@ def main(args):
     # Setup state: where an interrupted training goes on, or nothing.
     state = read_state(args.output / STATE) if args.resume else None
     if state is None and main_process:
-        set_aside(args.output / STATE)
-        set_aside(args.output / "log.jsonl")
+        for name in (STATE, "log.jsonl", "samples"):
+            set_aside(args.output / name)
 
     # Train the stages that are wanted and not yet done:
     with StopSignal() as stop:

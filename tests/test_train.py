@@ -696,6 +696,18 @@ def test_the_defaults_suit_the_device(monkeypatch, tmp_path):
     assert defaults("cuda", "--batch-size", "32") == (32, 8e-4, 2e-4)
 
 
+def test_a_new_training_keeps_what_an_earlier_one_wrote(flags, tmp_path):
+    """Each checkpoint, the state, the log and the samples, under names beside its own."""
+    call, out = [*flags, "--pretrain-steps", "2", "--gan-steps", "0"], tmp_path / "out"
+    train.run(call)
+    first = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    train.run([*call, "--seed", "5"])
+    kept = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
+    missing = {str(path) for path, content in first.items() if content not in kept}
+    assert len(first) >= 3 and missing <= {"curves.png"}       # which can be drawn again from the log
+    assert (out / "samples.1").is_dir()
+
+
 def test_steps_between_are_kept_too(flags, tmp_path):
     train.run([*flags, "--pretrain-steps", "5", "--gan-steps", "0", "--keep-every", "2"])
     steps = {path.name: load_checkpoint(path)[1]["step"] for path in (tmp_path / "out").glob("*_x4_*.pth")}
