@@ -373,9 +373,9 @@ class Workshop:
     def upscale(self, lr, strength):
         return upscale(self.network(strength), [lr])[0]
 
-    def restore(self, job, picture, strength, whole, scale):
+    def restore(self, job, picture, strength, photo, scale):
         """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces."""
-        if whole or max(picture.lr.shape) <= FACE_AT_MOST:
+        if not photo:
             return upscale(self.network(strength, job, scale), [picture.lr])[0]
         generator = self.network(strength, job, min(self.files))
         tiny = self.network(strength, job, 8) if 8 in self.files else None
@@ -414,9 +414,9 @@ class Workshop:
         if scale not in self.files:
             raise UsageError(f"Enlargement is one of {', '.join(map(str, sorted(self.files)))}")
         picture = self.read(path, folder / f"{path.stem}_x{scale}.png", scale, shrink, whole)
-        sr = self.restore(job, picture, strength, whole or shrink, scale)
-        factor = len(sr) // len(picture.lr)
         photo = not whole and not shrink and max(picture.lr.shape) > FACE_AT_MOST
+        sr = self.restore(job, picture, strength, photo, scale)
+        factor = len(sr) // len(picture.lr)
         if photo:
             restored = any(patch.action == "restored" for patch in picture.patches)
             picture.output = folder / f"{path.stem}_{'restored' if restored else f'x{factor}'}.png"
@@ -458,7 +458,7 @@ class Workshop:
                 try:
                     output = choose_output(Path(path.name), folder, taken)
                     picture = self.read(path, output, self.scale, whole=False)
-                    sr = self.restore(job, picture, strength, False, self.scale)
+                    sr = self.restore(job, picture, strength, max(picture.lr.shape) > FACE_AT_MOST, self.scale)
                     write_result(picture, sr)
                     pack.write(picture.output, picture.output.name)
                     pair = np.hstack([enlarge(picture.lr, len(sr) // len(picture.lr)), sr])
