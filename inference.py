@@ -34,8 +34,8 @@ from tqdm import tqdm
 from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_output, enlarge, find_images,
                          find_inputs, open_image, printable, read_image, resize_square, sample_faces, simulate,
                          write_csv, write_png)
-from loss import (STUDY_ABSENT, Study, build_study, compare, face_pairs, photo_rows, photo_table, plot_comparison,
-                  report, report_study)
+from loss import (STUDY_ABSENT, Study, build_study, compare, face_pairs, numbered, photo_rows, photo_table,
+                  plot_comparison, report, report_study)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Picture,
                    added_detail, enlargement, load_generator, locked, photo_sentence, restore_photos, select_device,
                    siblings, upscale, upscale_pictures)
@@ -54,9 +54,7 @@ class UsageError(Exception):
 
 def read_pictures(args, files, scale, taken, failed):
     """Yield a Picture for each input file that can be used; report the others to `failed`."""
-    truths = {}
-    if args.hr:
-        truths = {path.relative_to(args.hr).with_suffix(""): path for path in find_images(args.hr)}
+    truths = {path.relative_to(args.hr).with_suffix(""): path for path in (find_images(args.hr) if args.hr else ())}
     if not args.inputs:
         for name, face in sample_faces().items():
             lr, hr = simulate(face, scale, args.kernel, args.damage)
@@ -64,8 +62,7 @@ def read_pictures(args, files, scale, taken, failed):
             yield Picture(output.stem, output, lr, hr=hr)
     for path, relative in files:
         try:
-            lr, alpha = read_image(path)
-            hr = None
+            (lr, alpha), hr = read_image(path), None
             if args.simulate:
                 lr, hr = simulate(lr, scale, args.kernel, args.damage)
                 alpha = None
@@ -408,8 +405,8 @@ class Workshop:
 
     def enlarge(self, job, path, strength, shrink, added, whole, scale):
         """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, no
-        larger than a screen), the pictures LR and truth (after shrinking) and what was invented, or None, the pairs
-        of faces with captions, and one line on what was done."""
+        larger than a screen), the pictures LR and truth (after shrinking) and what was invented, or None, the pairs of
+        faces with captions, the photograph with their numbers, or None, and one line on what was done."""
         started, folder = time.monotonic(), Path(tempfile.mkdtemp(dir=self.folder))
         if scale not in self.files:
             raise UsageError(f"Enlargement is one of {', '.join(map(str, sorted(self.files)))}")
@@ -445,7 +442,8 @@ class Workshop:
                   f"{number}: {patch.side} pixels, {patch.action}")
                  for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
         return SimpleNamespace(file=str(picture.output), pair=(str(pair[1]), str(pair[0])), hr=picture.hr, photo=photo,
-                               lr=None if picture.hr is None else picture.lr, invented=invented, faces=faces, line=line)
+                               lr=None if picture.hr is None else picture.lr, invented=invented, faces=faces, line=line,
+                               numbers=fit(numbered(picture), 1024) if len(faces) > 1 else None)
 
     def enlarge_all(self, job, paths, strength):
         """Upscale many uploads, photographs with their faces: (files of pairs bicubic | ours with their names, ZIP or
@@ -496,13 +494,13 @@ def build_app(workshop, study):
 
     def shown(result):
         """What the page shows of a result of Workshop.enlarge, or of None."""
-        absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
+        absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "numbers", "photo"))
         result = result or SimpleNamespace(**absent, faces=[], line="")
-        return {slider: result.pair, pixels: gr.Image(result.lr, visible=result.lr is not None), status: result.line,
-                truth: gr.Image(result.hr, visible=result.hr is not None),
+        pictures = {pixels: result.lr, truth: result.hr, invented: result.invented, numbers: result.numbers}
+        return {box: gr.Image(picture, visible=picture is not None) for box, picture in pictures.items()} | {
+                slider: result.pair, status: result.line,
                 added: gr.Checkbox(interactive=workshop.has_knob and not result.photo),
                 scale: gr.Radio(interactive=not result.photo),
-                invented: gr.Image(result.invented, visible=result.invented is not None),
                 faces: gr.Gallery(result.faces, visible=bool(result.faces)),
                 download: gr.DownloadButton(value=result.file, interactive=bool(result.file)),
                 cancel: gr.Button(interactive=False), clock: gr.Timer(active=bool(result.file)), made: result.file}
@@ -578,6 +576,7 @@ def build_app(workshop, study):
                     pixels = small(label="The small picture", elem_classes="pixels")
                     truth = small(label="The truth")
                     invented = small(label="What was invented")
+                    numbers = small(label="The faces by number")
             with gr.Column(elem_id="knobs"):
                 scale = gr.Radio([(f"{scale}x", scale) for scale in sorted(workshop.files)], value=workshop.scale,
                                  label="Enlargement", visible=len(workshop.files) > 1, info="8x is for faces of 12 to "
@@ -599,7 +598,8 @@ def build_app(workshop, study):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
             made, clock = gr.State(), gr.Timer(20, active=False)
-            outputs = [slider, pixels, truth, invented, faces, download, cancel, clock, made, scale, added, status]
+            outputs = [slider, pixels, truth, invented, numbers, faces, download, cancel, clock, made, scale, added,
+                       status]
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             gr.on([photo.change, strength.change, shrink.input, added.input, whole.change, scale.input], upscale_one,
                   [photo, strength, shrink, added, whole, scale], outputs, trigger_mode="multiple",

@@ -241,7 +241,7 @@ def compare(picture, sr, scale, added=None, kernel="bicubic"):
         detail = cv2.blur(cv2.absdiff(gray, cv2.blur(gray, (5, 5))).astype(np.float32), (side, side), anchor=(0, 0))
         detail = detail[:len(gray) - side + 1, :len(gray[0]) - side + 1]
         top, left = (int(place) for place in np.unravel_index(detail.argmax(), detail.shape))
-        part, shown = part[top:top + side, left:left + side], frame(shown, top, left, side)
+        part, shown = part[top:top + side, left:left + side], frame(shown.copy(), top, left, side)
     window = np.s_[top * large:(top + side) * large, left * large:(left + side) * large]
     row = [("LR", shown, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"),
            ("bicubic", enlarge(part, scale), ""), ("ours", sr[window], "")]
@@ -259,14 +259,22 @@ def compare(picture, sr, scale, added=None, kernel="bicubic"):
 
 
 def frame(picture, top, left, side, text=""):
-    """Draw a square frame, with a number, into a copy of a picture."""
-    picture, line = picture.copy(), max(1, max(picture.shape) // 400)
+    """Draw a square frame, with a number, into a picture; return it."""
+    line = max(1, max(picture.shape) // 400)
     cv2.rectangle(picture, (left, top), (left + side, top + side), (255, 220, 0), line)
     size = max(picture.shape) / 500         # to be read where the whole picture is small
     place = (max(0, left), max(round(24 * size), top - 3 * line))
     for colour, width in (((0, 0, 0), 4 * line), ((255, 220, 0), 2 * line)):
         cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, colour, width, cv2.LINE_AA)
     return picture
+
+
+def numbered(picture, most=None):
+    """Draw the numbers of a photograph's faces, or of the first of them, with their frames, into a copy of it."""
+    framed = picture.lr.copy()
+    for number, patch in enumerate(picture.patches[:most], 1):
+        frame(framed, patch.top, patch.left, patch.side, str(number))
+    return framed
 
 
 def face_pairs(picture, sr):
@@ -280,12 +288,10 @@ def face_pairs(picture, sr):
 
 def photo_rows(picture, sr):
     """Make a photograph's rows for `plot_comparison`: it with numbered frames, and its faces before and after."""
-    framed, faces = picture.lr, []
-    for number, (patch, pair) in enumerate(zip(picture.patches[:8], face_pairs(picture, sr)), 1):
-        framed = frame(framed, patch.top, patch.left, patch.side, str(number))
-        faces.append([("before", pair[0], f"{number}: {patch.side} pixels"), ("after", pair[1], patch.action)])
+    faces = [[("before", before, f"{number}: {patch.side} pixels"), ("after", after, patch.action)]
+             for number, (patch, (before, after)) in enumerate(zip(picture.patches[:8], face_pairs(picture, sr)), 1)]
     rows = [sum(faces[i:i + 2], []) for i in range(0, len(faces), 2)] or [[]]
-    first = ("photograph", framed, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"
+    first = ("photograph", numbered(picture, 8), f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"
              + f", {len(faces)} of {len(picture.patches)} faces" * (len(faces) < len(picture.patches)))
     return [[None if i else first, *row] for i, row in enumerate(rows)]
 

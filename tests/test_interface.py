@@ -106,12 +106,12 @@ def upscale(client, path, strength=1.0, shrink=False, added=False, whole=False, 
     """Call the Upscale tab: a namespace of pictures (None where there is none) and the line of text."""
     path = path and handle_file(path)
     *outputs, eightfold, invent, line = client.predict(path, strength, shrink, added, whole, scale, api_name="/upscale")
-    gallery = outputs.pop(4).get("value") or []
+    gallery = outputs.pop(5).get("value") or []
     faces = [(np.array(Image.open(face["image"])), face["caption"]) for face in gallery]
     files = [part["value"] if isinstance(part, dict) and "value" in part else part for part in outputs]
     pair, *files = [None if isinstance(part, dict) else part for part in files]
     pictures = [path and np.array(Image.open(path)) for path in (*(pair or (None, None)), *files)]
-    names = ("bicubic", "ours", "lr", "truth", "invented", "download")
+    names = ("bicubic", "ours", "lr", "truth", "invented", "numbers", "download")
     controls = [update.get("interactive") for update in (eightfold, invent)]
     return SimpleNamespace(line=line, faces=faces, controls=controls, **dict(zip(names, pictures)))
 
@@ -173,7 +173,11 @@ def test_a_photograph_is_searched_for_faces(app, client, tmp_path):
     assert "1 face, 1 restored" in result.line and result.controls == [False, False]
     assert np.array_equal(result.download, command(app, tmp_path / "out", path, "--photo"))
     assert [caption.split(":")[0] for _, caption in result.faces] == ["1"]
-    assert result.faces[0][0].shape == (256, 512, 3) and "restored" in result.faces[0][1]
+    assert result.faces[0][0].shape == (256, 512, 3) and "restored" in result.faces[0][1] and result.numbers is None
+    Image.fromarray(np.hstack([small, small])).save(tmp_path / "two.png")
+    result = upscale(client, tmp_path / "two.png")
+    drawn = (result.numbers != np.hstack([small, small])).any(2)     # frames and numbers, around both
+    assert len(result.faces) == 2 and drawn[:, :72].any() and drawn[:, 72:].any() and drawn.mean() < 0.5
     one = upscale(client, path, whole=True)
     assert np.array_equal(one.download, command(app, tmp_path / "out", path)) and one.faces == []
     large = Image.fromarray(face).resize((2100, 2100))
