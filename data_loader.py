@@ -80,8 +80,7 @@ def find_images(folder):
     found = []
     for parent, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in files
-                  if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        found += [Path(parent, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
     return sorted(path for path in found if path.is_file())
 
 
@@ -209,9 +208,8 @@ def find_inputs(inputs, output):
 
 
 def choose_output(relative, output, taken):
-    """Choose the file for a result: DIR/<relative path without suffix>.png (.csv for a .csv) or,
-    where that would replace another result of this call or a file that is not an earlier result,
-    a name beside it."""
+    """Choose the file for a result: DIR/<relative path without suffix>.png (.csv for a .csv) or, where that would
+    replace another result of this call or a file that is not an earlier result, a name beside it."""
     stem, suffix = relative.with_suffix(""), ".csv" if relative.suffix == ".csv" else ".png"
     for name in chain((f"{stem}{suffix}", f"{relative}{suffix}"), (f"{stem}-{n}{suffix}" for n in count(2))):
         path = output / name
@@ -224,13 +222,11 @@ def choose_output(relative, output, taken):
 def split_files(train_dirs, val_dir=None):
     """List the training and the validation files of some folders; they never share a file.
 
-    With `val_dir`, its pictures validate and all others train. Without, FFHQ's own tree
-    (`.../00000/00000.png`, five-digit names in folders of a thousand) gets its official split:
-    ids below 60000 train, the rest validate. In any other folder a checksum of the name chooses
-    about one file in twenty, so that adding files never moves one across.
+    With `val_dir`, its pictures validate and all others train. Without, FFHQ's own tree (`.../00000/00000.png`,
+    five-digit names in folders of a thousand) gets its official split: ids below 60000 train, the rest validate. In
+    any other folder a checksum of the name chooses about one file in twenty, so that adding files never moves one.
     """
-    files = list({path.resolve(): path for folder in train_dirs for path in find_images(folder)}
-                 .values())
+    files = list({path.resolve(): path for folder in train_dirs for path in find_images(folder)}.values())
     if not files:
         raise DataError(f"{' '.join(map(str, train_dirs))}: no pictures found; expected a folder "
                         f"of faces ({', '.join(SUFFIXES)}), in subfolders or not")
@@ -347,7 +343,7 @@ class Face:
 
 
 def find_faces(picture):
-    """Find the faces in an (H, W, 3) uint8 photograph, of any size and turn: a list of Face, from left to right.
+    """Find the faces in an (H, W, 3) uint8 photograph, of any size and turn: a list of Face, row by row.
 
     The detector sees the photograph at several sizes, since it misses a close-up that is large and a face that is
     small, and turned by quarters. Raises DataError where the detector's file is missing.
@@ -382,7 +378,12 @@ def find_faces(picture):
                 break
         else:
             groups.append([face])
-    return sorted(map(_best, groups), key=lambda face: face.x)
+    rows = []       # from above; in one are all that lie less than half a face below its first
+    for face in sorted(map(_best, groups), key=lambda face: face.y):
+        if not rows or face.y - rows[-1][0].y > face.size / 2:
+            rows.append([])
+        rows[-1].append(face)
+    return [face for row in rows for face in sorted(row, key=lambda face: face.x)]
 
 
 def _best(faces):
@@ -642,8 +643,7 @@ def simulate(hr, scale, kernel="bicubic", damage="none"):
 
 def jpeg(picture, quality):
     """Pass an (H, W, 3) uint8 RGB picture through JPEG (4:2:0) of a quality from 1 to 100."""
-    data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR),
-                        [cv2.IMWRITE_JPEG_QUALITY, int(quality)])[1]
+    data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, int(quality)])[1]
     return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 

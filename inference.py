@@ -26,17 +26,16 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_output, enlarge, find_images,
-                         find_inputs, open_image, printable, read_image, resize_square, sample_faces, simulate,
+                         find_inputs, open_image, printable, read_image, sample_faces, simulate,
                          write_csv, write_png)
-from loss import (STUDY_ABSENT, Study, build_study, compare, face_pairs, numbered, photo_rows, photo_table,
+from loss import (STUDY_ABSENT, Study, aimed, build_study, compare, face_pairs, fit, numbered, photo_rows, photo_table,
                   plot_comparison, report, report_study)
-from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Picture,
+from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, AtWork, CheckpointError, DeviceError, Picture,
                    added_detail, enlargement, load_generator, locked, photo_sentence, restore_photos, select_device,
                    siblings, upscale, upscale_pictures)
 
@@ -211,8 +210,7 @@ WORDS = """
   (SRGAN): sharp, because it invents what faces usually look like. Between them, the two are mixed.
 - **Shrink it first**: makes a sharp picture small, then enlarges it: the result can be held against the truth.
 - **PSNR** (in decibels) and **SSIM** (1 at most): how near a result is to the truth, pixel by pixel and in
-  structure; more is nearer. Sharp results often score lower than soft ones: people have to look, too.
-- **What was invented**: the difference to the faithful result, three times as strong, around gray."""
+  structure; more is nearer. Sharp results often score lower than soft ones: people have to look, too."""
 PRIVACY = f"""Your pictures stay on the computer that runs this page, in a temporary folder, and are deleted after
 {KEPT} minutes or when the program ends. Nothing is sent to anybody else."""
 # Nothing on the page may ask another host for anything, whatever Gradio's templates refer to.
@@ -223,17 +221,18 @@ STYLE = """
 .dark {--block-info-text-color: #a1a1aa; --block-label-text-color: #d4d4d8}
 main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility: hidden}   /* until it is whole */
 .or {color: inherit !important} .pixels img {image-rendering: pixelated}
-#photo img, .pixels img {width: 100% !important; height: 100% !important; object-fit: contain}
+:is(#photo, .below) img {width: 100% !important; height: 100% !important; object-fit: contain}
+:is(#photo, .below, #compare:not(.fullscreen)) {padding-top: 28px !important}    /* labels above, not upon, pictures */
+:is(#compare, .below):not(.fullscreen) .icon-button-wrapper {top: -28px} label:has(:disabled) {opacity: .45}
 #work {display: grid; gap: 16px; grid-template: "give show" auto "knobs show" 1fr / minmax(300px, 1fr) minmax(0, 2fr)}
 #give {grid-area: give} #show {grid-area: show} #knobs {grid-area: knobs}
-#compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: 480px !important}
+#compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: 450px !important}
 #compare.fullscreen {height: 100% !important} #compare.fullscreen img {height: 96vh !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
 :is(#faces, #pairs) .grid-container button {aspect-ratio: 1.75; padding-bottom: 2em}
+:is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: 90vh !important}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
-#scissors button:is([aria-label=Brush], [aria-label=Erase], [aria-label=Color], [aria-label="Brush Size"]) {
-    display: none}
-#status {min-height: 3em} #desk {max-width: 640px; margin: auto} :is(#faces, #pairs) .grid-wrap {padding-top: 2.4em}
+#status {min-height: 3em} #desk {max-width: 640px; margin: auto}
 #stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto}
 #stimulus .icon-button-wrapper, footer {display: none}
 #grades {flex-wrap: nowrap; gap: 6px; align-items: stretch}
@@ -241,22 +240,25 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 #results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal}
 @media (max-width: 700px) {
     #work {grid-template: "give" "show" "knobs" / minmax(0, 1fr)}
-    #photo {height: 150px !important; min-height: 0 !important}
-    #compare {height: 92vw !important}}"""
+    #photo {height: 170px !important; min-height: 0 !important}
+    #compare:not(.fullscreen) {height: calc(92vw + 28px) !important}}"""
 # Keys for the study; what Gradio's slider, which knows the mouse alone, lacks; alternative texts.
 KEYS = """<script>
 document.addEventListener("keydown", event => {
     if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, textarea")) return;
     const button = /^[1-5]$/.test(event.key) && document.getElementById("rate-" + event.key);
     if (button && button.offsetParent && !event.repeat) button.click();
-    const line = event.target.closest("[data-testid=slider]"), step = {ArrowLeft: -16, ArrowRight: 16}[event.key];
+    const line = event.target.closest("[data-testid=slider]");
+    const step = {ArrowLeft: -16, ArrowRight: 16, Home: -1e4, End: 1e4}[event.key];
     if (line && step) {
         const {x, y, width} = line.getBoundingClientRect(), centre = x + width / 2;
-        const picture = line.closest("#compare").querySelector("img").getBoundingClientRect();
-        const end = Math.min(Math.max(centre + step, picture.left), picture.right);
+        const image = line.closest("#compare").querySelector("img"), box = image.getBoundingClientRect();
+        const half = Math.min(box.width, box.height * image.naturalWidth / image.naturalHeight) / 2;
+        const middle = box.left + box.width / 2, end = Math.min(Math.max(centre + step, middle - half), middle + half);
         for (const [type, place] of [["mousedown", centre], ["mousemove", end], ["mouseup", end]])
             (type == "mousedown" ? line : window).dispatchEvent(new MouseEvent(
                 type, {clientX: place, clientY: y + 9, view: window, bubbles: true}));
+        line.setAttribute("aria-valuenow", Math.round(50 + 50 * (end - middle) / half));
         event.preventDefault();
     }
 });
@@ -269,12 +271,14 @@ new MutationObserver(() => {
         element.removeAttribute("aria-label");      // they say other than what is written there
     for (const text of document.querySelectorAll(".toast-message-text"))
         if (text.textContent.includes("image/*")) text.textContent = "This file is not a picture.";
-    name("#compare [data-testid=slider]", {tabindex: 0, role: "separator", "aria-orientation": "vertical",
-        "aria-valuenow": 50, "aria-label": "Line between the blurry enlargement and ours: use the arrow keys"});
+    name("#compare [data-testid=slider]:not([tabindex])", {tabindex: 0, role: "separator", "aria-orientation":
+        "vertical", "aria-valuenow": 50, "aria-label": "Line between blurry enlargement and ours: use the arrow keys"});
     name("#compare img", {alt: "The blurry enlargement and ours"});
     name("#photo img", {alt: "Your picture"}); name("#stimulus img", {alt: "The picture to rate"});
     name("#photo button:not([aria-label]):not(.upload-container)", {"aria-label": "Give a picture"});
 }).observe(document, {childList: true, subtree: true});
+for (const type of ["load", "error"]) addEventListener(type, ({target}) => {
+    if (target.matches && target.matches("#photo img")) target.style.opacity = +(type == "load"); }, true);
 addEventListener("unhandledrejection", ({reason}) => reason && reason.name == "NotAllowedError" &&
     alert("Your browser did not let this page use the clipboard or the camera: allow it, or choose a file."));
 </script>"""
@@ -289,19 +293,6 @@ def only_this_host(app):
             return send(message)
         await app(scope, receive, with_policy)
     return wrapped
-
-
-class AtWork(torch.nn.Module):
-    """A generator at work for a job: its tiles take turns with those of others, and end when nobody waits."""
-
-    def __init__(self, generator, job, worker):
-        super().__init__()
-        self.generator, self.scale, self.job, self.worker = generator, generator.scale, job, worker
-
-    def forward(self, lr):
-        if self.job.gone:
-            raise CancelledError
-        return self.worker.submit(self.generator, lr).result()
 
 
 class Workshop:
@@ -434,49 +425,49 @@ class Workshop:
             line += f"; {photo_sentence(picture.patches)}" + unchanged * (not restored)
             line += "; 8x and what was invented are for one face" * (added or scale != min(self.files))
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
-        line += "; for a face so small, try 8x" * (factor == 4 and 8 in self.files and max(picture.lr.shape) < TINY)
+        if not photo and {4, 8} <= {*self.files} and (max(picture.lr.shape) < TINY) != (factor == 8):
+            line += f"; for a face of this size, try {12 - factor}x"
         if scores:
             line += ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), "
                      "SSIM {ssim:.3f} (bicubic {ssim_bicubic:.3f})").format(**scores)
-        faces = [(np.hstack([resize_square(face, 256) for face in pair]),
-                  f"{number}: {patch.side} pixels, {patch.action}")
+        faces = [(np.hstack(pair), f"{number}: {patch.side} pixels, {patch.action}")
                  for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
         return SimpleNamespace(file=str(picture.output), pair=(str(pair[1]), str(pair[0])), hr=picture.hr, photo=photo,
                                lr=None if picture.hr is None else picture.lr, invented=invented, faces=faces, line=line,
                                numbers=fit(numbered(picture), 1024) if len(faces) > 1 else None)
 
-    def enlarge_all(self, job, paths, strength):
+    def enlarge_all(self, job, paths, strength, scale):
         """Upscale many uploads, photographs with their faces: (files of pairs bicubic | ours with their names, ZIP or
         None, sentences on what cannot be read)."""
-        folder, taken, pairs, problems = Path(tempfile.mkdtemp(dir=self.folder)), set(), [], []
-        archive = folder / "results.zip"
+        folder, pairs, faces, problems = Path(tempfile.mkdtemp(dir=self.folder)), [], [], []
+        taken, archive = {"faces.csv"}, folder / "results.zip"
         with zipfile.ZipFile(archive, "w") as pack:
             for number, path in enumerate(paths, 1):
                 job.text = f"Picture {number} of {len(paths)}"
                 try:
                     output = choose_output(Path(path.name), folder, taken)
-                    picture = self.read(path, output, self.scale, whole=False)
-                    sr = self.restore(job, picture, strength, max(picture.lr.shape) > FACE_AT_MOST, self.scale)
+                    picture = self.read(path, output, scale, whole=False)
+                    sr = self.restore(job, picture, strength, max(picture.lr.shape) > FACE_AT_MOST, scale)
                     write_result(picture, sr)
                     pack.write(picture.output, picture.output.name)
                     pair = np.hstack([enlarge(picture.lr, len(sr) // len(picture.lr)), sr])
                     write_png(picture.output, fit(pair, 1024))      # the gallery shows no more
+                    faces += photo_table(picture)
                     done = f": {photo_sentence(picture.patches)}" if picture.patches else ""
                     pairs.append((str(picture.output), picture.output.name + done))
                 except (DataError, OSError) as error:
                     problems.append(str(error))
+            if faces:
+                write_csv(folder / "faces.csv", FACES, faces)
+                pack.write(folder / "faces.csv", "faces.csv")
         return pairs, str(archive) if pairs else None, problems
-
-
-def fit(picture, side):
-    """Reduce (H, W, 3) uint8 so that no side is longer than `side`."""
-    factor = side / max(picture.shape)
-    return cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA) if factor < 1 else picture
 
 
 def build_app(workshop, study):
     """Build the page, a gr.Blocks; `study` is a Study or None."""
     import gradio as gr
+    # The file as it is: read_image says what is wrong with it. On the class, since Gradio makes the object anew.
+    gr.Image.preprocess = lambda self, payload: payload and payload.path
 
     async def upscale_one(photo, strength, shrink, added, whole, scale, request: gr.Request):
         path = Path(photo or examples.get(scale, ""))
@@ -513,19 +504,24 @@ def build_app(workshop, study):
         gone = file and not Path(file).exists()
         return (DELETED, gr.DownloadButton(interactive=False), gr.Timer(active=False)) if gone else gr.skip()
 
-    def cut_out(picture):
-        if picture is None or picture["composite"] is None:
-            return {status: "**Give a picture to the scissors first, and cut a face out of it**"}
-        path = Path(tempfile.mkdtemp(dir=workshop.folder)) / "cut.png"
-        write_png(path, picture["composite"][..., :3])
-        return {photo: str(path), whole: True}
+    def aim(path, place, share):
+        with contextlib.suppress(DataError):
+            return aimed(workshop.read(Path(path or ""), None, 1, whole=False).lr, place, share)
+        return None, None
 
-    async def enlarge_all(files, strength, request: gr.Request):
+    def move_frame(path, share, event: gr.SelectData):
+        return event.index, aim(path, event.index, share)[0]
+
+    def cut_out(path, place, share):
+        face = aim(path, place, share)[1]
+        return {status: "**Give a picture first**"} if face is None else {photo: face, whole: True}
+
+    async def enlarge_all(files, strength, scale, request: gr.Request):
         if not files or len(files) > FILES:
             yield [], None, f"Choose 1 to {FILES} pictures first."
             return
         try:
-            async for result in workshop.work(request, workshop.enlarge_all, list(map(Path, files)), strength):
+            async for result in workshop.work(request, workshop.enlarge_all, list(map(Path, files)), strength, scale):
                 if isinstance(result, str):
                     yield gr.skip(), gr.skip(), result
                 elif result:
@@ -541,8 +537,13 @@ def build_app(workshop, study):
         knob.preprocess = lambda value: value       # any number may be typed; Workshop.network says what is wrong
         return knob
 
-    small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=220,
-                              visible=False)
+    def make_choice():
+        return gr.Radio([(f"{scale}x", scale) for scale in sorted(workshop.files)], value=workshop.scale,
+                        label="Enlargement of one face", visible=len(workshop.files) > 1, info="8x is for faces of 12 "
+                        "to 20 pixels, in which nobody is recognised: nearly everything is invented.")
+
+    small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
+                              visible=False, elem_classes="below")
     samples, titles, examples = [], [], {}
     for name, face in sample_faces().items():
         pictures = {scale: simulate(face, scale)[0] for scale in sorted(workshop.files)} | {None: face}
@@ -559,10 +560,8 @@ def build_app(workshop, study):
         gr.Markdown(INTRODUCTION)
         with gr.Tab("Upscale"), gr.Column(elem_id="work"):
             with gr.Column(elem_id="give"):
-                photo = gr.Image(type="filepath", image_mode=None, label="Your picture", height=240, buttons=[],
-                                 sources=["upload", "clipboard", "webcam"], elem_id="photo")
-                # The file as it is, for read_image, which says what is wrong with it.
-                photo.preprocess = lambda payload: payload and payload.path
+                photo = gr.Image(type="filepath", image_mode=None, format="png", label="Your picture", height=260,
+                                 buttons=[], sources=["upload", "clipboard", "webcam"], elem_id="photo")
             with gr.Column(elem_id="show"):
                 slider = gr.ImageSlider(first.pair, label="Blurry enlargement | ours: drag the line", height=480,
                                         type="filepath", interactive=False, buttons=["fullscreen"], elem_id="compare")
@@ -570,29 +569,25 @@ def build_app(workshop, study):
                 with gr.Row():
                     download = gr.DownloadButton("Download ours as PNG", first.file, variant="primary")
                     cancel = gr.Button("Cancel", interactive=False)
-                faces = gr.Gallery(label="The faces, before and after", height=260, object_fit="contain",
+                faces = gr.Gallery(label="The faces, before and after", object_fit="contain",
                                    format="png", interactive=False, buttons=[], visible=False, elem_id="faces")
                 with gr.Row():
-                    pixels = small(label="The small picture", elem_classes="pixels")
+                    pixels = small(label="The small picture", elem_classes=["below", "pixels"])
                     truth = small(label="The truth")
                     invented = small(label="What was invented")
                     numbers = small(label="The faces by number")
             with gr.Column(elem_id="knobs"):
-                scale = gr.Radio([(f"{scale}x", scale) for scale in sorted(workshop.files)], value=workshop.scale,
-                                 label="Enlargement", visible=len(workshop.files) > 1, info="8x is for faces of 12 to "
-                                 "20 pixels, in which nobody is recognised: nearly everything is invented.")
-                strength = make_knob()
+                scale, strength = make_choice(), make_knob()
                 shrink = gr.Checkbox(label="This is already sharp: shrink it first",
                                      info="As one face. Then the truth is known, and shown beside the result.")
-                added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob)
+                added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob,
+                                    info="The difference to the faithful result, around gray. Of one face only.")
                 whole = gr.Checkbox(label="Treat it as one face", info="Else a large picture is searched for faces.")
                 gr.Examples(samples, [photo, shrink, scale], label="Or try one of these", example_labels=titles)
                 with gr.Accordion("A face was missed? Cut it out by hand", open=False) as scissors:
-                    gr.Markdown("Click the picture symbol, then the crop symbol; drag the corners, confirm the crop.")
-                    # Without a brush it would have no symbols at all: those are hidden (STYLE).
-                    editor = gr.ImageEditor(type="numpy", image_mode="RGB", height=360, show_label=False, buttons=[],
-                                            sources=[], transforms=["crop"], layers=False, interactive=True,
-                                            elem_id="scissors")
+                    gr.Markdown("Click the middle of the face, then choose the size of the frame: the whole head.")
+                    view = gr.Image(interactive=False, format="png", show_label=False, buttons=[], elem_id="scissors")
+                    place, share = gr.State(), gr.Slider(0.02, 1, 0.25, step=0.01, label="Size of it", buttons=[])
                     cut = gr.Button("Take this part as one face")
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
@@ -605,20 +600,23 @@ def build_app(workshop, study):
                   [photo, strength, shrink, added, whole, scale], outputs, trigger_mode="multiple",
                   api_name="upscale", **at_once)
             cancel.click(stop, None, status, api_name="cancel", queue=False)
-            clock.tick(look, made, [status, download, clock], api_visibility="private", **at_once)
-            scissors.expand(lambda path: path, photo, editor, api_visibility="private", **at_once)
-            cut.click(cut_out, editor, [photo, whole, status], api_visibility="private", **at_once)
+            hidden = dict(api_visibility="private", **at_once)
+            photo.change(lambda: (None, gr.Accordion(open=False)), None, [place, scissors], **hidden)
+            clock.tick(look, made, [status, download, clock], **hidden)
+            view.select(move_frame, [photo, share], [place, view], **hidden)
+            gr.on([scissors.expand, share.input], lambda *place: aim(*place)[0], [photo, place, share], view, **hidden)
+            cut.click(cut_out, [photo, place, share], [photo, whole, status], **hidden)
         with gr.Tab("Folder"):
             gr.Markdown(f"Up to {FILES} pictures at once: faces, and photographs of up to 16 megapixels.")
             files = gr.File(file_count="multiple", label="Pictures", height=180)
-            same = make_knob()
+            same, times = make_knob(), make_choice()
             with gr.Row():
                 go, end = gr.Button("Upscale all", variant="primary"), gr.Button("Cancel")
             report = gr.Markdown()
             archive = gr.File(label="All results as one ZIP", interactive=False)
             gallery = gr.Gallery(label="Blurry enlargement (left) and ours (right)", object_fit="contain",
-                                 interactive=False, buttons=[], height=560, elem_id="pairs")
-            go.click(enlarge_all, [files, same], [gallery, archive, report], api_name="folder", **at_once)
+                                 interactive=False, buttons=[], elem_id="pairs")
+            go.click(enlarge_all, [files, same, times], [gallery, archive, report], api_name="folder", **at_once)
             end.click(stop, None, report, api_visibility="private", queue=False)
         with gr.Tab("Study"):
             if study:

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data_loader import (MARK, METRICS, DataError, choose_output, enlarge, find_images, is_result, printable,
-                         read_image, simulate, square_face, write_atomically, write_csv)
+from data_loader import (MARK, METRICS, DataError, Face, choose_output, enlarge, find_images, is_result, printable,
+                         read_image, resize_square, simulate, square_face, write_atomically, write_csv)
 from model import CheckpointError, load_plain
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
@@ -134,30 +134,30 @@ def discriminator_loss(real_logits, fake_logits):
 
 
 class GeneratorLoss(nn.Module):
-    """The perceptual loss of equation 3: a weighted sum of the terms whose weight is not zero.
+    """The perceptual loss of equation 3: a weighted sum of TERMS, of those whose weight is not zero.
 
     Args:
-        pixel: weight of the mean squared error (equation 4).
-        vgg: weight of `vgg_distance`; needs `features`, a VGGFeatures.
-        adversarial: weight of `adversarial_loss` (the paper: 1e-3); needs logits at each call.
-        tv: weight of `total_variation`.
-        lattice: weight of `lattice_loss`, of `period` pixels, the scale.
+        features: a VGGFeatures, for the term "vgg".
+        period: HR pixels of the lattice, the scale.
+        weights: by the names of TERMS.
     """
 
-    def __init__(self, pixel=1.0, vgg=0.0, adversarial=0.0, tv=0.0, features=None, lattice=0.0, period=4):
+    # A new term needs its line here: name: (weight in SRGAN unless train.py is told another, what it is, it).
+    TERMS = {
+        "pixel": (1.0, "mean squared error (equation 4)", lambda self, sr, hr, logits: F.mse_loss(sr, hr)),
+        "vgg": (0.02, "relative VGG distance", lambda self, sr, hr, logits: vgg_distance(self.features, sr, hr)),
+        "adversarial": (1e-3, "adversarial loss", lambda self, sr, hr, logits: adversarial_loss(logits)),
+        "tv": (0.0, "total variation, in both stages", lambda self, sr, hr, logits: total_variation(sr)),
+        "lattice": (40.0, "regular pattern", lambda self, sr, hr, logits: lattice_loss(sr, hr, self.period))}
+
+    def __init__(self, features=None, period=4, **weights):
         super().__init__()
-        self.weights = {name: weight for name, weight in
-                        dict(pixel=pixel, vgg=vgg, adversarial=adversarial, tv=tv, lattice=lattice).items() if weight}
+        self.weights = {name: weights[name] for name in self.TERMS if weights.get(name)}
         self.features, self.period = features, period
 
     def forward(self, sr, hr, fake_logits=None):
         """Return (the weighted sum, the unweighted terms by name)."""
-        compute = dict(pixel=lambda: F.mse_loss(sr, hr),
-                       vgg=lambda: vgg_distance(self.features, sr, hr),
-                       adversarial=lambda: adversarial_loss(fake_logits),
-                       tv=lambda: total_variation(sr),
-                       lattice=lambda: lattice_loss(sr, hr, self.period))
-        terms = {name: compute[name]() for name in self.weights}
+        terms = {name: self.TERMS[name][2](self, sr, hr, fake_logits) for name in self.weights}
         return sum(weight * terms[name] for name, weight in self.weights.items()), terms
 
 
@@ -277,12 +277,28 @@ def numbered(picture, most=None):
     return framed
 
 
+def fit(picture, side):
+    """Reduce (H, W, 3) uint8 so that no side is longer than `side`."""
+    factor = side / max(picture.shape)
+    return cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA) if factor < 1 else picture
+
+
+def aimed(picture, place, share):
+    """Point at a part of an (H, W, 3) uint8 picture: (it, of at most 1024 pixels a side, with a frame around `place`,
+    (x, y) there, or around its middle; the part in the frame, whose side is a share of the shorter side)."""
+    shown = fit(picture, 1024).copy()
+    (height, width), factor = shown.shape[:2], len(picture) / len(shown)
+    square = Face(*(place or (width / 2, height / 2)), share * min(height, width), 0, 1).square(height, width)
+    top, left, side = (round(length * factor) for length in square)
+    return frame(shown, *square), picture[top:top + side, left:left + side]
+
+
 def face_pairs(picture, sr):
-    """Cut the faces of a photograph out of it and out of its result: a list of (before, after), (S, S, 3) uint8, turned
-    by quarters until they are upright."""
+    """Cut the faces of a photograph out of it and out of its result: a list of (before, after), (256, 256, 3) uint8, by
+    bicubic, turned by quarters until they are upright."""
     factor = len(sr) // len(picture.lr)
-    return [[np.rot90(image[patch.top * n:, patch.left * n:][:patch.side * n, :patch.side * n],
-                      round(patch.face.angle / 90)) for image, n in ((picture.lr, 1), (sr, factor))]
+    return [[resize_square(np.rot90(image[patch.top * n:, patch.left * n:][:patch.side * n, :patch.side * n],
+                                    round(patch.face.angle / 90)), 256) for image, n in ((picture.lr, 1), (sr, factor))]
             for patch in picture.patches]
 
 

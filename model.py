@@ -11,11 +11,13 @@ figure 4. Pictures are RGB tensors of shape (N, 3, H, W) with values in [0, 1] e
 import contextlib
 import copy
 import hashlib
+import inspect
 import io
 import os
 import re
 import zipfile
 from collections import Counter
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
@@ -337,6 +339,19 @@ class FlipEnsemble(nn.Module):
         return (self.generator(lr) + self.generator(lr.flip(-1)).flip(-1)) / 2
 
 
+class AtWork(nn.Module):
+    """A generator at work for a job: its tiles take turns with those of others, and end when nobody waits."""
+
+    def __init__(self, generator, job, worker):
+        super().__init__()
+        self.generator, self.scale, self.job, self.worker = generator, generator.scale, job, worker
+
+    def forward(self, lr):
+        if self.job.gone:
+            raise CancelledError
+        return self.worker.submit(self.generator, lr).result()
+
+
 def icnr_(conv):
     """Initialise a convolution before PixelShuffle(2) so that the pair enlarges like nearest
     neighbour: the four sub-pixels start equal, and no checkerboard is trained in (Aitken et al.
@@ -493,7 +508,8 @@ def load_checkpoint(path):
             raise ValueError
         architecture, weights = content["architecture"], content["weights"]
         # Before anything is computed or takes memory: plain numbers in bounds, and every shape as it must be.
-        if [type(value) for value in architecture.values()] != [int, int, int, bool] or not (
+        known = {name: type(flag.default) for name, flag in inspect.signature(Generator).parameters.items()}
+        if any(type(value) is not known[name] for name, value in architecture.items()) or not (
                 1 <= architecture["blocks"] <= 256 and 1 <= architecture["channels"] <= 1024):
             raise ValueError
         with torch.device("meta"):

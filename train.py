@@ -57,7 +57,7 @@ BOUNDS = {"val_every": (1, 1e9), "save_every": (1, 1e9), "keep_every": (1, 1e9),
           "channels": (1, 1024), "pretrain_steps": (0, 1e9), "gan_steps": (0, 1e9), "batch_size": (1, 65536),
           "patch_size": (20, FACE_SIZE),
           "lr": (1e-12, 1), "gan_lr": (1e-12, 1), "discriminator_lr": (1e-12, 1), "seed": (0, 2**32)}
-BOUNDS |= dict.fromkeys(("pixel_weight", "vgg_weight", "adversarial_weight", "tv_weight", "lattice_weight"), (0, 1e9))
+BOUNDS |= {f"{name}_weight": (0, 1e9) for name in GeneratorLoss.TERMS}
 
 
 class TrainingError(Exception):
@@ -219,12 +219,10 @@ class Stage:
             self.generate, self.discriminate = (DistributedDataParallel(
                 network, device_ids=[device] if device.type == "cuda" else None)
                 for network in (self.generator, self.discriminator))
-        if self.gan:
-            self.criterion = GeneratorLoss(args.pixel_weight, args.vgg_weight * (features is not None),
-                                           args.adversarial_weight, args.tv_weight, features,
-                                           args.lattice_weight, args.scale)
-        else:
-            self.criterion = GeneratorLoss(pixel=1, tv=args.tv_weight)
+        weights = {name: getattr(args, f"{name}_weight") for name in GeneratorLoss.TERMS}
+        weights["vgg"] *= features is not None
+        weights = weights if self.gan else dict(pixel=1, tv=args.tv_weight)
+        self.criterion = GeneratorLoss(features, args.scale, **weights)
         if args.compile:
             for module in (self.generator, self.discriminator, self.criterion):
                 module.compile()
@@ -532,7 +530,8 @@ def parse_arguments(argv=None):
     """Read the flags. With --resume, those of the interrupted training are the defaults."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument_group("data and output").add_argument
-    add("--train-dir", nargs="+", metavar="DIR", help="folders of faces to train on")
+    add("--train-dir", nargs="+", metavar="DIR", help="folders of faces to train on; of what is not "
+        "128x128, the centre square is resized")
     add("--gan-train-dir", nargs="+", metavar="DIR", help="folders for SRGAN, whose discriminator "
         "wants clean faces (default: --train-dir)")
     add("--val-dir", metavar="DIR", help="faces to validate on (default: a part of the training folders)")
@@ -571,11 +570,8 @@ def parse_arguments(argv=None):
     add("--lr", type=float, help="learning rate of SRResNet (Adam, constant, then a cosine) [4e-4; on CUDA 8e-4]")
     add("--gan-lr", type=float, help="learning rate of SRGAN [1e-4; on CUDA 2e-4]")
     add("--discriminator-lr", type=float, metavar="LR", help="learning rate of the discriminator [that of --gan-lr]")
-    add("--pixel-weight", type=float, default=1.0, help="of the mean squared error in SRGAN [%(default)s]")
-    add("--vgg-weight", type=float, default=0.02, help="of the relative VGG distance in SRGAN [%(default)s]")
-    add("--adversarial-weight", type=float, default=1e-3, help="of the adversarial loss in SRGAN [%(default)s]")
-    add("--tv-weight", type=float, default=0.0, help="of the total variation, in both stages [%(default)s]")
-    add("--lattice-weight", type=float, default=40.0, help="of the regular pattern in SRGAN [%(default)s]")
+    for name, (weight, text, _) in GeneratorLoss.TERMS.items():
+        add(f"--{name}-weight", type=float, default=weight, help=f"in SRGAN's loss, of: {text} [%(default)s]")
     add("--vgg-layer", default="conv5_4", choices=list(VGG_LAYERS), help="features of the VGG distance [%(default)s]")
     add("--vgg-weights", metavar="FILE", help="VGG19 state dict (default: torchvision's, downloaded "
         "once; none: train without the VGG term)")

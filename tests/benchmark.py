@@ -248,8 +248,8 @@ class TextbookTraining:
         gan = features is not None
         self.device, self.gan = device, gan
         self.generator, self.discriminator = Textbook(Generator()).to(device), Discriminator().to(device)
-        self.criterion = GeneratorLoss(args.pixel_weight, args.vgg_weight, args.adversarial_weight,
-                                       features=features) if gan else GeneratorLoss()
+        self.criterion = GeneratorLoss(features, pixel=args.pixel_weight, vgg=args.vgg_weight,
+                                       adversarial=args.adversarial_weight) if gan else GeneratorLoss(pixel=1)
         self.optimizers = [torch.optim.Adam(net.parameters()) for net in (self.generator, self.discriminator)]
         self.data = iter(DataLoader(Faces(folder, args.patch_size, steps * args.batch_size), args.batch_size,
                                     num_workers=min(4, os.cpu_count()), persistent_workers=True))

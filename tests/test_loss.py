@@ -26,13 +26,12 @@ from loss import (
 from model import Discriminator, Generator
 
 
-@pytest.mark.parametrize("term", ["pixel", "vgg", "adversarial", "tv", "lattice"])
+@pytest.mark.parametrize("term", list(GeneratorLoss.TERMS))
 def test_every_term_moves_every_part_of_the_generator(term, vgg_file):
     torch.manual_seed(0)
     generator, discriminator = Generator(blocks=2, channels=8), Discriminator(channels=8)
     features = VGGFeatures("conv2_2", vgg_file)
-    weights = dict(pixel=0.0, vgg=0.0, adversarial=0.0, tv=0.0, lattice=0.0) | {term: 1.0}
-    criterion = GeneratorLoss(**weights, features=features)
+    criterion = GeneratorLoss(features, **dict.fromkeys(GeneratorLoss.TERMS, 0.0) | {term: 1.0})
     sr = generator(torch.rand(2, 3, 8, 8))
     total, terms = criterion(sr, torch.rand(2, 3, 32, 32), discriminator(sr))
     assert list(terms) == [term] and total.item() == pytest.approx(terms[term].item())
@@ -45,7 +44,7 @@ def test_every_term_moves_every_part_of_the_generator(term, vgg_file):
 def test_total_is_the_weighted_sum(vgg_file):
     torch.manual_seed(0)
     sr, hr, logits = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), torch.tensor([1.0, -2.0])
-    criterion = GeneratorLoss(2, 0.5, 1e-3, 0.1, VGGFeatures("conv2_2", vgg_file))
+    criterion = GeneratorLoss(VGGFeatures("conv2_2", vgg_file), pixel=2, vgg=0.5, adversarial=1e-3, tv=0.1)
     total, terms = criterion(sr, hr, logits)
     assert set(terms) == {"pixel", "vgg", "adversarial", "tv"}
     expected = 2 * terms["pixel"] + 0.5 * terms["vgg"] + 1e-3 * terms["adversarial"] + 0.1 * terms["tv"]

@@ -183,6 +183,18 @@ def test_checkpoint_keeps_weights_architecture_and_facts(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
+def test_an_option_added_to_the_generator_is_kept_and_old_files_stay_readable(tmp_path, tiny_checkpoint, monkeypatch):
+    class Scaled(Generator):
+        def __init__(self, scale=4, blocks=16, channels=64, bicubic_residual=True, res_scale=1.0):
+            super().__init__(scale, blocks, channels, bicubic_residual)
+            self.architecture["res_scale"] = res_scale
+
+    monkeypatch.setattr("model.Generator", Scaled)
+    save_checkpoint(tmp_path / "new.pth", Scaled(blocks=1, channels=8, res_scale=0.5), {})
+    assert load_checkpoint(tmp_path / "new.pth")[0].architecture["res_scale"] == 0.5
+    assert load_checkpoint(tiny_checkpoint)[0].architecture["res_scale"] == 1.0
+
+
 class Malicious:
     def __init__(self, path):
         self.path = path

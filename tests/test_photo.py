@@ -57,14 +57,14 @@ def restore(generator, photo, **options):
 
 
 def test_faces_are_found_in_every_turn_and_size(portraits):
-    """Upright and turned, large and small, touching each other and the border: to a tenth of the frame's side."""
+    """Upright and turned, large and small, touching each other and the border: to a tenth of the frame's side, and in
+    the order in which one reads, though faces of a row are not quite level."""
     photo, truth = compose(portraits, [
         ("hopper", 40, 0, 0, 0), ("astronaut", 36, 1, 50, 0), ("hopper", 48, 2, 95, 10), ("astronaut", 60, 3, 160, 0),
         ("hopper", 110, 0, 225, 0), ("astronaut", 60, 0, 0, 165), ("hopper", 60, 0, 76, 165)])
     faces = find_faces(photo)
-    assert len(faces) == len(truth) and [face.x for face in faces] == sorted(face.x for face in faces)
-    for x, y, side, angle in truth:
-        face = min(faces, key=lambda face: np.hypot(face.x - x, face.y - y))
+    assert len(faces) == len(truth)
+    for face, (x, y, side, angle) in zip(faces, truth):
         assert np.hypot(face.x - x, face.y - y) < 0.1 * side and abs(face.size - side) < 0.1 * side
         assert abs((face.angle - angle + 180) % 360 - 180) < 15
         assert face.score > 0.8
