@@ -45,12 +45,12 @@ METRICS = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bi
 FACES = ("image", "face", "x", "y", "size", "angle", "score", "working_size", "action")
 VAL_PERCENT = 5             # of a folder without a split of its own
 
-# How the small picture is made from the large one. Pillow's kernels are antialiased, OpenCV's linear and cubic are not:
-# they are what `cv2.resize` does when nobody chose, and a network that never saw them fails on them.
+# How the small picture is made, and how often in training. Pillow's kernels are antialiased; OpenCV's are not: they are
+# what `cv2.resize` does when nobody chose, and a network that never saw them fails on them.
 KERNELS = {
-    "bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR,
-    "lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX,
-    "cv2-linear": cv2.INTER_LINEAR, "cv2-cubic": cv2.INTER_CUBIC,
+    "bicubic": (Image.Resampling.BICUBIC, 0.35), "bilinear": (Image.Resampling.BILINEAR, 0.05),
+    "lanczos": (Image.Resampling.LANCZOS, 0.05), "area": (Image.Resampling.BOX, 0.1),
+    "cv2-linear": (cv2.INTER_LINEAR, 0.35), "cv2-cubic": (cv2.INTER_CUBIC, 0.1),
 }
 # What else may befall the small picture; the numbers are those of the robustness table.
 DAMAGES = ("none", "blur", "blur3", "noise", "jpeg75", "jpeg50", "wild")
@@ -228,8 +228,8 @@ def split_files(train_dirs, val_dir=None):
     """
     files = list({path.resolve(): path for folder in train_dirs for path in find_images(folder)}.values())
     if not files:
-        raise DataError(f"{' '.join(map(str, train_dirs))}: no pictures found; expected a folder "
-                        f"of faces ({', '.join(SUFFIXES)}), in subfolders or not")
+        raise DataError(f"{' '.join(map(str, train_dirs))}: no pictures found; expected a folder of faces "
+                        f"({', '.join(SUFFIXES)}), in subfolders or not")
     if val_dir is not None:
         val = find_images(val_dir)
         if not val:
@@ -290,8 +290,7 @@ def load_faces(files, progress=True):
                 tqdm.write(f"warning: {error}; left out", file=sys.stderr)
         return good
 
-    # Chunks, and no more threads than processors: threads that pass the GIL on at every picture are
-    # slower than one alone.
+    # Chunks, and no more threads than processors: to pass the GIL on at every picture is slower than one thread alone.
     chunks = [range(len(files))[i:i + 100] for i in range(0, len(files), 100)]
     good = []
     with ThreadPoolExecutor(os.cpu_count()) as pool, \
@@ -496,9 +495,9 @@ def _resize_matrix(size, new_size, kernel, device):
     identity matrix. One matrix product then does on any device what Pillow or OpenCV do."""
     identity = np.eye(size, dtype=np.float32)
     if kernel.startswith("cv2-"):
-        weights = cv2.resize(identity, (new_size, size), interpolation=KERNELS[kernel])
+        weights = cv2.resize(identity, (new_size, size), interpolation=KERNELS[kernel][0])
     else:
-        weights = np.asarray(Image.fromarray(identity).resize((new_size, size), KERNELS[kernel]))
+        weights = np.asarray(Image.fromarray(identity).resize((new_size, size), KERNELS[kernel][0]))
     return torch.tensor(weights, device=device)                     # (size, new_size)
 
 
@@ -528,7 +527,7 @@ def _crop_table(cuts, size, device):
 
 @functools.lru_cache(maxsize=8)
 def _degradation_tables(size, scale, device):
-    """Weights of the KERNELS for a reduction, (6, size, size / scale), whether they are Pillow's, (6,), and weights
+    """Weights of the KERNELS for a reduction, (K, size, size / scale), whether they are Pillow's, (K,), and weights
     of the BLURS and SOFT_BLURS, (12, size, size)."""
     cpu = torch.device("cpu")
     return (torch.stack([_resize_matrix(size, size // scale, kernel, cpu) for kernel in KERNELS]).to(device),
@@ -587,7 +586,8 @@ def degrade(hr, scale, rng, rank=0, world=1):
     """
     size, device, total = hr.shape[-1], hr.device, len(hr) * world
     small, mine = size // scale, slice(rank, None, world)
-    kernels = rng.choice(len(KERNELS), total, p=[0.35, 0.05, 0.05, 0.1, 0.35, 0.1])
+    shares = np.array([share for _, share in KERNELS.values()])
+    kernels = rng.choice(len(KERNELS), total, p=shares / shares.sum())
     hurt = rng.random((3, total)) < np.where(rng.random(total) < HURT, [[BLURRED], [NOISY], [CODED]], 0)
     sigmas, qualities = rng.integers(0, len(BLURS), total), rng.integers(40, 96, total)
     noise = {i: rng.standard_normal((3, small, small), dtype=np.float32) * np.float32(rng.uniform(1, 8))

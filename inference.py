@@ -423,7 +423,7 @@ class Workshop:
         if photo:
             unchanged = "; nothing was changed" if factor == 1 else "; only enlarged"
             line += f"; {photo_sentence(picture.patches)}" + unchanged * (not restored)
-            line += "; 8x and what was invented are for one face" * (added or scale != min(self.files))
+            line += "; 8x is for one face" * (scale == 8) + "; what was invented is shown for one face" * added
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
         if not photo and {4, 8} <= {*self.files} and (max(picture.lr.shape) < TINY) != (factor == 8):
             line += f"; for a face of this size, try {12 - factor}x"
@@ -514,7 +514,9 @@ def build_app(workshop, study):
 
     def cut_out(path, place, share):
         face = aim(path, place, share)[1]
-        return {status: "**Give a picture first**"} if face is None else {photo: face, whole: True}
+        if face is None:
+            return {status: "**Give a picture first**"}
+        return {photo: face, whole: True, scale: 8 if len(face) < TINY and 8 in workshop.files else min(workshop.files)}
 
     async def enlarge_all(files, strength, scale, request: gr.Request):
         if not files or len(files) > FILES:
@@ -605,7 +607,7 @@ def build_app(workshop, study):
             clock.tick(look, made, [status, download, clock], **hidden)
             view.select(move_frame, [photo, share], [place, view], **hidden)
             gr.on([scissors.expand, share.input], lambda *place: aim(*place)[0], [photo, place, share], view, **hidden)
-            cut.click(cut_out, [photo, place, share], [photo, whole, status], **hidden)
+            cut.click(cut_out, [photo, place, share], [photo, whole, scale, status], **hidden)
         with gr.Tab("Folder"):
             gr.Markdown(f"Up to {FILES} pictures at once: faces, and photographs of up to 16 megapixels.")
             files = gr.File(file_count="multiple", label="Pictures", height=180)

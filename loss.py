@@ -142,13 +142,14 @@ class GeneratorLoss(nn.Module):
         weights: by the names of TERMS.
     """
 
-    # A new term needs its line here: name: (weight in SRGAN unless train.py is told another, what it is, it).
+    # A new term needs its line here: name: (what it is, its weight unless train.py is told another, whether it is in
+    # SRResNet's loss too, it).
     TERMS = {
-        "pixel": (1.0, "mean squared error (equation 4)", lambda self, sr, hr, logits: F.mse_loss(sr, hr)),
-        "vgg": (0.02, "relative VGG distance", lambda self, sr, hr, logits: vgg_distance(self.features, sr, hr)),
-        "adversarial": (1e-3, "adversarial loss", lambda self, sr, hr, logits: adversarial_loss(logits)),
-        "tv": (0.0, "total variation, in both stages", lambda self, sr, hr, logits: total_variation(sr)),
-        "lattice": (40.0, "regular pattern", lambda self, sr, hr, logits: lattice_loss(sr, hr, self.period))}
+        "pixel": ("mean squared error (equation 4)", 1.0, True, lambda self, sr, hr, logits: F.mse_loss(sr, hr)),
+        "vgg": ("relative VGG distance", 0.02, False, lambda self, sr, hr, logits: vgg_distance(self.features, sr, hr)),
+        "adversarial": ("adversarial loss", 1e-3, False, lambda self, sr, hr, logits: adversarial_loss(logits)),
+        "tv": ("total variation", 0.0, True, lambda self, sr, hr, logits: total_variation(sr)),
+        "lattice": ("regular pattern", 40.0, False, lambda self, sr, hr, logits: lattice_loss(sr, hr, self.period))}
 
     def __init__(self, features=None, period=4, **weights):
         super().__init__()
@@ -157,7 +158,7 @@ class GeneratorLoss(nn.Module):
 
     def forward(self, sr, hr, fake_logits=None):
         """Return (the weighted sum, the unweighted terms by name)."""
-        terms = {name: self.TERMS[name][2](self, sr, hr, fake_logits) for name in self.weights}
+        terms = {name: self.TERMS[name][3](self, sr, hr, fake_logits) for name in self.weights}
         return sum(weight * terms[name] for name, weight in self.weights.items()), terms
 
 

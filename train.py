@@ -219,10 +219,11 @@ class Stage:
             self.generate, self.discriminate = (DistributedDataParallel(
                 network, device_ids=[device] if device.type == "cuda" else None)
                 for network in (self.generator, self.discriminator))
-        weights = {name: getattr(args, f"{name}_weight") for name in GeneratorLoss.TERMS}
-        weights["vgg"] *= features is not None
-        weights = weights if self.gan else dict(pixel=1, tv=args.tv_weight)
-        self.criterion = GeneratorLoss(features, args.scale, **weights)
+        weights = {name: getattr(args, f"{name}_weight")
+                   for name, (_, _, both, _) in GeneratorLoss.TERMS.items() if both or self.gan}
+        if features is None:
+            weights.pop("vgg", None)
+        self.criterion = GeneratorLoss(features, args.scale, **weights if any(weights.values()) else dict(pixel=1))
         if args.compile:
             for module in (self.generator, self.discriminator, self.criterion):
                 module.compile()
@@ -570,8 +571,9 @@ def parse_arguments(argv=None):
     add("--lr", type=float, help="learning rate of SRResNet (Adam, constant, then a cosine) [4e-4; on CUDA 8e-4]")
     add("--gan-lr", type=float, help="learning rate of SRGAN [1e-4; on CUDA 2e-4]")
     add("--discriminator-lr", type=float, metavar="LR", help="learning rate of the discriminator [that of --gan-lr]")
-    for name, (weight, text, _) in GeneratorLoss.TERMS.items():
-        add(f"--{name}-weight", type=float, default=weight, help=f"in SRGAN's loss, of: {text} [%(default)s]")
+    for name, (text, weight, both, _) in GeneratorLoss.TERMS.items():
+        add(f"--{name}-weight", type=float, default=weight, help=f"of the {text}, in the loss of "
+            f"{'both stages' if both else 'SRGAN'} [%(default)s]")
     add("--vgg-layer", default="conv5_4", choices=list(VGG_LAYERS), help="features of the VGG distance [%(default)s]")
     add("--vgg-weights", metavar="FILE", help="VGG19 state dict (default: torchvision's, downloaded "
         "once; none: train without the VGG term)")

@@ -389,7 +389,7 @@ def test_a_face_is_cut_out_by_hand(app, page, tmp_path):
             break
         page.wait_for_timeout(100)
     page.get_by_text("Take this part as one face").click()
-    page.get_by_text("18 x 18 → 72 x 72 pixels; in").wait_for()
+    page.get_by_text("18 x 18 → 144 x 144 pixels; in").wait_for()  # so small that 8x is chosen
     assert page.get_by_label("Treat it as one face").is_checked()
     picture.wait_for(state="hidden")  # it showed another picture
     [cut] = [path for path in (app.folder / "tmp").rglob("image.png") if Image.open(path).size == (18, 18)]

@@ -8,10 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from PIL import Image
 
+import data_loader
 import train
 from model import Discriminator, Generator, load_checkpoint, load_plain, save_checkpoint
 
@@ -259,6 +262,22 @@ def test_both_networks_learn_in_a_gan_step(stage):
             assert parameter.requires_grad
     assert set(srgan.losses()) == {"pixel", "vgg", "adversarial", "tv", "lattice", "discriminator", "d_real",
                                    "d_fake"}
+
+
+def test_a_loss_and_a_kernel_are_added_in_one_place_each(stage, monkeypatch):
+    """The flag, its default and the stages follow from the entry; shares are weighed against each other."""
+    term = ("mean absolute error", 0.5, True, lambda self, sr, hr, logits: (sr - hr).abs().mean())
+    monkeypatch.setitem(train.GeneratorLoss.TERMS, "absolute", term)
+    monkeypatch.setitem(data_loader.KERNELS, "hamming", (Image.Resampling.HAMMING, 0.2))
+    data_loader._degradation_tables.cache_clear()
+    for name in ("srresnet", "srgan"):
+        assert stage(name).criterion.weights["absolute"] == 0.5
+        assert stage(name, "--absolute-weight", "2", "--pixel-weight", "0").criterion.weights["absolute"] == 2
+    assert stage("srresnet", "--pixel-weight", "0", "--absolute-weight", "0", "--tv-weight", "0").criterion.weights == {
+        "pixel": 1}  # never none at all
+    lr = data_loader.degrade(torch.rand(8, 3, 32, 32), 4, np.random.default_rng(0))
+    data_loader._degradation_tables.cache_clear()
+    assert lr.shape == (8, 3, 8, 8)
 
 
 def test_eight_times_starts_from_the_weights_of_four(stage, tmp_path):
