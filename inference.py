@@ -426,7 +426,7 @@ class Workshop:
             line += "; 8x is for one face" * (scale == 8) + "; what was invented is shown for one face" * added
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
         if not photo and {4, 8} <= {*self.files} and (max(picture.lr.shape) < TINY) != (factor == 8):
-            line += f"; for a face of this size, try {12 - factor}x"
+            line += f"; for a face of this size, try {8 if factor == 4 else 4}x"
         if scores:
             line += ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), "
                      "SSIM {ssim:.3f} (bicubic {ssim_bicubic:.3f})").format(**scores)
@@ -439,8 +439,8 @@ class Workshop:
     def enlarge_all(self, job, paths, strength, scale):
         """Upscale many uploads, photographs with their faces: (files of pairs bicubic | ours with their names, ZIP or
         None, sentences on what cannot be read)."""
-        folder, pairs, faces, problems = Path(tempfile.mkdtemp(dir=self.folder)), [], [], []
-        taken, archive = {"faces.csv"}, folder / "results.zip"
+        folder, taken, pairs, faces, problems = Path(tempfile.mkdtemp(dir=self.folder)), set(), [], [], []
+        archive = folder / "results.zip"
         with zipfile.ZipFile(archive, "w") as pack:
             for number, path in enumerate(paths, 1):
                 job.text = f"Picture {number} of {len(paths)}"
@@ -589,7 +589,7 @@ def build_app(workshop, study):
                 with gr.Accordion("A face was missed? Cut it out by hand", open=False) as scissors:
                     gr.Markdown("Click the middle of the face, then choose the size of the frame: the whole head.")
                     view = gr.Image(interactive=False, format="png", show_label=False, buttons=[], elem_id="scissors")
-                    place, share = gr.State(), gr.Slider(0.02, 1, 0.25, step=0.01, label="Size of it", buttons=[])
+                    place, share = gr.State(), gr.Slider(0.02, 1, 0.25, step=0.01, label="Frame size", buttons=[])
                     cut = gr.Button("Take this part as one face")
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
