@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import deque
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -33,14 +32,13 @@ from tqdm import tqdm
 from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_output, enlarge, find_images,
                          find_inputs, open_image, printable, read_image, sample_faces, simulate,
                          write_csv, write_png)
-from loss import (STUDY_ABSENT, Study, aimed, build_study, compare, face_pairs, fit, numbered, photo_rows, photo_table,
-                  plot_comparison, report, report_study)
+from loss import (STUDY_ABSENT, Study, aimed, build_study, captioned_pairs, compare, fit, numbered, photo_rows,
+                  photo_table, plot_comparison, report, report_study)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, AtWork, CheckpointError, DeviceError, Picture,
                    added_detail, enlargement, load_generator, locked, photo_sentence, restore_photos, select_device,
-                   siblings, upscale, upscale_pictures)
+                   siblings, upscale, upscale_pictures, write_result, write_results)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
-WRITERS = 8                 # threads that compress PNGs; as many pictures wait to be written
 SHOWN = 12                  # pictures in the comparison figure
 RESULT_LIMIT = 400_000_000  # pixels of a result, of which each takes up to 8 bytes
 
@@ -92,26 +90,6 @@ def read_pictures(args, files, scale, taken, failed):
             failed(reason if str(path) in reason else f"{path}: {reason}")
 
 
-def write_result(picture, sr):
-    """Write the PNG of a result, with the alpha channel enlarged beside it."""
-    if picture.alpha is not None:
-        sr = np.dstack([sr, enlarge(picture.alpha, len(sr) // len(picture.lr))])
-    write_png(picture.output, sr)
-
-
-def write_results(results):
-    """Write pairs (picture, sr) on threads, while the network works on the next and the first are compared;
-    yield (picture, sr, future of the writing)."""
-    writing = deque()
-    with ThreadPoolExecutor(WRITERS) as pool:
-        for picture, sr in results:
-            writing.append((picture, sr, pool.submit(write_result, picture, sr)))
-            # Large ones are not hoarded: each would wait with all its pixels.
-            while len(writing) > WRITERS or writing and sum(sr.size for _, sr, _ in writing) > 2**27:
-                yield writing.popleft()
-        yield from writing
-
-
 def main(args):
     """Carry out the command; return the exit status: 0 all done, 1 some failed, 2 nothing done."""
     if args.study_report:
@@ -139,7 +117,7 @@ def main(args):
         tqdm.write(f"warning: {args.checkpoint} enlarges {generator.scale} times, whatever --scale says", sys.stderr)
     args.output.mkdir(parents=True, exist_ok=True)
 
-    scores, sheet, faces, taken, done = {}, {}, [], set(), 0
+    scores, sheet, faces, taken, done, sides = {}, {}, [], set(), 0, []
     comparison, table = (choose_output(Path(name), args.output, taken)
                          for name in ("comparison.png", "faces.csv" if args.photo else "metrics.csv"))
     pictures = read_pictures(args, files, generator.scale, taken, failed)
@@ -169,6 +147,8 @@ def main(args):
             faces += photo_table(picture)
         if line:
             scores[picture.name] = line
+        elif args.inputs and not args.photo:
+            sides.append(max(picture.lr.shape))
         if show:
             sheet[picture.name] = rows
     try:
@@ -182,6 +162,10 @@ def main(args):
     except OSError as error:
         failed(f"{error.filename or args.output}: cannot be written ({error.strerror})")
         sheet = {}
+    if (number := sum(side < TINY for side in sides)) and generator.scale == 4:
+        print(f"hint: {number} of less than {TINY} pixels; for faces so small, --scale 8 is better")
+    if number := sum(side > FACE_AT_MOST for side in sides):
+        print(f"hint: {number} of more than {FACE_AT_MOST} pixels, taken for one face each; --photo finds the faces")
     what, how = ("photograph", "") if args.photo else ("picture", f" upscaled {generator.scale}x")
     print(f"{done} {what}{'s' * (done != 1)}{how} into {args.output} in {time.monotonic() - started:.1f} s on the "
           f"{device.type}" + f"; compare: {comparison}" * bool(sheet))
@@ -224,8 +208,7 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 :is(#photo, .below) img {width: 100% !important; height: 100% !important; object-fit: contain}
 :is(#photo, .below, #compare:not(.fullscreen)) {padding-top: 28px !important}    /* labels above, not upon, pictures */
 :is(#compare, .below):not(.fullscreen) .icon-button-wrapper {top: -28px} label:has(:disabled) {opacity: .45}
-#work {display: grid; gap: 16px; grid-template: "give show" auto "knobs show" 1fr / minmax(300px, 1fr) minmax(0, 2fr)}
-#give {grid-area: give} #show {grid-area: show} #knobs {grid-area: knobs}
+#work {display: grid; gap: 16px; grid-template: auto 1fr / minmax(300px, 1fr) minmax(0, 2fr)} #show {grid-row: span 2}
 #compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: 450px !important}
 #compare.fullscreen {height: 100% !important} #compare.fullscreen img {height: 96vh !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
@@ -234,12 +217,13 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
 #status {min-height: 3em} #desk {max-width: 640px; margin: auto}
 #stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto}
-#stimulus .icon-button-wrapper, footer {display: none}
-#grades {flex-wrap: nowrap; gap: 6px; align-items: stretch}
+#stimulus .icon-button-wrapper, footer {display: none} #grades {flex-wrap: nowrap; gap: 6px; align-items: stretch}
 #grades button {font: 500 min(.9rem, 3vw) system-ui; padding: 12px 2px}
 #results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal}
 @media (max-width: 700px) {
-    #work {grid-template: "give" "show" "knobs" / minmax(0, 1fr)}
+    #work {display: flex} #show {display: contents} #knobs {order: 1} #more {order: 2}
+    :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
+    :is(#faces, #pairs) .grid-wrap {max-height: none !important}
     #photo {height: 170px !important; min-height: 0 !important}
     #compare:not(.fullscreen) {height: calc(92vw + 28px) !important}}"""
 # Keys for the study; what Gradio's slider, which knows the mouse alone, lacks; alternative texts.
@@ -331,7 +315,7 @@ class Workshop:
 
         self.cancel(page)
         if sum(other.host == job.host for other in self.jobs.values()) >= WAITING:
-            raise DataError(f"{WAITING} pictures from your address are waiting already; please try again later")
+            raise DataError(f"{WAITING} pictures from your address are waiting already; try again later")
         self.jobs[page] = job
         done = asyncio.get_running_loop().run_in_executor(self.hands, run)
         try:
@@ -358,13 +342,17 @@ class Workshop:
                     if path not in kept and os.stat(path).st_mtime < time.time() - age:
                         os.unlink(path)
 
-    def upscale(self, lr, strength):
-        return upscale(self.network(strength), [lr])[0]
+    def upscale(self, lr, strength, job=None, scale=None):
+        return upscale(self.network(strength, job, scale), [lr])[0]
+
+    def suited(self, lr):
+        """The enlargement that suits one face."""
+        return 8 if max(lr.shape) < TINY and 8 in self.files else min(self.files)
 
     def restore(self, job, picture, strength, photo, scale):
         """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces."""
         if not photo:
-            return upscale(self.network(strength, job, scale), [picture.lr])[0]
+            return self.upscale(picture.lr, strength, job, scale)
         generator = self.network(strength, job, min(self.files))
         tiny = self.network(strength, job, 8) if 8 in self.files else None
         [(_, sr)] = restore_photos(generator, [picture], self.args.batch_size, tiny=tiny)
@@ -381,20 +369,18 @@ class Workshop:
             with open_image(path) as image:
                 width, height = image.size
             if width * height > limit:
-                hint = " for one face; please cut it out" * (whole and not shrink)
-                raise DataError(f"{path} has {width} x {height} pixels, too many: the limit is {limit:,} in all{hint}, "
-                                "or reduce the picture first")
+                hint = " for one face: cut it out, or" * (whole and not shrink) or ";"
+                raise DataError(f"{path} has {width} x {height} pixels; the limit is {limit:,}{hint} reduce it first")
             (lr, alpha), hr = read_image(path), None
             if shrink and min(width, height) < SHARP_FROM:
-                raise DataError(f"{path} has {width} x {height} pixels, which is small already: leave out “shrink it "
-                                "first”")
+                raise DataError(f"{path} is only {width} x {height} pixels: leave out “shrink it first”")
             if shrink:
                 (lr, hr), alpha = simulate(lr, scale, self.args.kernel, self.args.damage), None
         except DataError as error:
             raise DataError(str(error).replace(str(path), path.name)) from None
         return Picture(path.stem, output, lr, alpha, hr)
 
-    def enlarge(self, job, path, strength, shrink, added, whole, scale):
+    def enlarge(self, job, path, strength, shrink, added, whole, scale, marked=()):
         """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, no
         larger than a screen), the pictures LR and truth (after shrinking) and what was invented, or None, the pairs of
         faces with captions, the photograph with their numbers, or None, and one line on what was done."""
@@ -402,7 +388,8 @@ class Workshop:
         if scale not in self.files:
             raise UsageError(f"Enlargement is one of {', '.join(map(str, sorted(self.files)))}")
         picture = self.read(path, folder / f"{path.stem}_x{scale}.png", scale, shrink, whole)
-        photo = not whole and not shrink and max(picture.lr.shape) > FACE_AT_MOST
+        picture.marked = marked
+        photo = not whole and not shrink and bool(max(picture.lr.shape) > FACE_AT_MOST or marked)
         sr = self.restore(job, picture, strength, photo, scale)
         factor = len(sr) // len(picture.lr)
         if photo:
@@ -425,21 +412,21 @@ class Workshop:
             line += f"; {photo_sentence(picture.patches)}" + unchanged * (not restored)
             line += "; 8x is for one face" * (scale == 8) + "; what was invented is shown for one face" * added
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
-        if not photo and {4, 8} <= {*self.files} and (max(picture.lr.shape) < TINY) != (factor == 8):
-            line += f"; for a face of this size, try {8 if factor == 4 else 4}x"
+        if not photo and factor != (suited := self.suited(picture.lr)):
+            line += f"; for a face of this size, try {suited}x"
         if scores:
             line += ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), "
                      "SSIM {ssim:.3f} (bicubic {ssim_bicubic:.3f})").format(**scores)
-        faces = [(np.hstack(pair), f"{number}: {patch.side} pixels, {patch.action}")
-                 for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
+        faces = captioned_pairs(picture, sr)
         return SimpleNamespace(file=str(picture.output), pair=(str(pair[1]), str(pair[0])), hr=picture.hr, photo=photo,
                                lr=None if picture.hr is None else picture.lr, invented=invented, faces=faces, line=line,
                                numbers=fit(numbered(picture), 1024) if len(faces) > 1 else None)
 
     def enlarge_all(self, job, paths, strength, scale):
-        """Upscale many uploads, photographs with their faces: (files of pairs bicubic | ours with their names, ZIP or
-        None, sentences on what cannot be read)."""
-        folder, taken, pairs, faces, problems = Path(tempfile.mkdtemp(dir=self.folder)), set(), [], [], []
+        """Upscale many uploads, photographs with their faces, a face by `scale` or, if that is 0, as its size asks:
+        (pairs bicubic | ours with their names, photographs followed by their faces, ZIP or None, sentences on
+        photographs and on what cannot be read)."""
+        folder, taken, pairs, faces, notes = Path(tempfile.mkdtemp(dir=self.folder)), set(), [], [], []
         archive = folder / "results.zip"
         with zipfile.ZipFile(archive, "w") as pack:
             for number, path in enumerate(paths, 1):
@@ -447,20 +434,22 @@ class Workshop:
                 try:
                     output = choose_output(Path(path.name), folder, taken)
                     picture = self.read(path, output, scale, whole=False)
-                    sr = self.restore(job, picture, strength, max(picture.lr.shape) > FACE_AT_MOST, scale)
+                    photo = max(picture.lr.shape) > FACE_AT_MOST
+                    sr = self.restore(job, picture, strength, photo, scale or self.suited(picture.lr))
                     write_result(picture, sr)
                     pack.write(picture.output, picture.output.name)
                     pair = np.hstack([enlarge(picture.lr, len(sr) // len(picture.lr)), sr])
                     write_png(picture.output, fit(pair, 1024))      # the gallery shows no more
+                    pairs += [(str(picture.output), path.name), *captioned_pairs(picture, sr, path.name + ", ")]
                     faces += photo_table(picture)
-                    done = f": {photo_sentence(picture.patches)}" if picture.patches else ""
-                    pairs.append((str(picture.output), picture.output.name + done))
+                    notes += [f"{path.name}: {photo_sentence(picture.patches)}"] * photo
                 except (DataError, OSError) as error:
-                    problems.append(str(error))
+                    notes.append(str(error))
+            done = len(pack.namelist())
             if faces:
                 write_csv(folder / "faces.csv", FACES, faces)
                 pack.write(folder / "faces.csv", "faces.csv")
-        return pairs, str(archive) if pairs else None, problems
+        return pairs, str(archive) if done else None, done, notes
 
 
 def build_app(workshop, study):
@@ -469,10 +458,11 @@ def build_app(workshop, study):
     # The file as it is: read_image says what is wrong with it. On the class, since Gradio makes the object anew.
     gr.Image.preprocess = lambda self, payload: payload and payload.path
 
-    async def upscale_one(photo, strength, shrink, added, whole, scale, request: gr.Request):
+    async def upscale_one(photo, strength, shrink, added, whole, scale, marks, request: gr.Request):
         path = Path(photo or examples.get(scale, ""))
+        settings = path, strength, shrink, added, whole, scale, [face for picture, face in marks if picture == photo]
         try:
-            async for result in workshop.work(request, workshop.enlarge, path, strength, shrink, added, whole, scale):
+            async for result in workshop.work(request, workshop.enlarge, *settings):
                 if isinstance(result, str):
                     yield {status: result, cancel: gr.Button(interactive=True)}
                 elif result is None:        # cancelled
@@ -507,16 +497,20 @@ def build_app(workshop, study):
     def aim(path, place, share):
         with contextlib.suppress(DataError):
             return aimed(workshop.read(Path(path or ""), None, 1, whole=False).lr, place, share)
-        return None, None
+        return None, None, None
 
     def move_frame(path, share, event: gr.SelectData):
         return event.index, aim(path, event.index, share)[0]
 
+    def mark(path, place, share, marks):
+        _, face, _ = aim(path, place, share)
+        return [*marks, (path, face)] if face else marks
+
     def cut_out(path, place, share):
-        face = aim(path, place, share)[1]
-        if face is None:
+        _, _, part = aim(path, place, share)
+        if part is None:
             return {status: "**Give a picture first**"}
-        return {photo: face, whole: True, scale: 8 if len(face) < TINY and 8 in workshop.files else min(workshop.files)}
+        return {photo: part, whole: True, scale: workshop.suited(part)}
 
     async def enlarge_all(files, strength, scale, request: gr.Request):
         if not files or len(files) > FILES:
@@ -527,9 +521,9 @@ def build_app(workshop, study):
                 if isinstance(result, str):
                     yield gr.skip(), gr.skip(), result
                 elif result:
-                    pairs, archive, problems = result
-                    text = f"{len(pairs)} enlarged, {len(problems)} could not be read."
-                    yield pairs, archive, "\n- ".join([text, *(name for _, name in pairs if ": " in name), *problems])
+                    pairs, archive, done, notes = result
+                    text = f"{done} enlarged, {len(files) - done} could not be read."
+                    yield pairs, archive, "\n- ".join([text, *notes])
         except (DataError, CheckpointError, UsageError, OSError, MemoryError) as error:
             yield [], None, f"**{error or 'Not enough memory'}**"
 
@@ -539,8 +533,9 @@ def build_app(workshop, study):
         knob.preprocess = lambda value: value       # any number may be typed; Workshop.network says what is wrong
         return knob
 
-    def make_choice():
-        return gr.Radio([(f"{scale}x", scale) for scale in sorted(workshop.files)], value=workshop.scale,
+    def make_choice(*first):
+        choices = [*first, *((f"{scale}x", scale) for scale in sorted(workshop.files))]
+        return gr.Radio(choices, value=first[0][1] if first else workshop.scale,
                         label="Enlargement of one face", visible=len(workshop.files) > 1, info="8x is for faces of 12 "
                         "to 20 pixels, in which nobody is recognised: nearly everything is invented.")
 
@@ -573,7 +568,7 @@ def build_app(workshop, study):
                     cancel = gr.Button("Cancel", interactive=False)
                 faces = gr.Gallery(label="The faces, before and after", object_fit="contain",
                                    format="png", interactive=False, buttons=[], visible=False, elem_id="faces")
-                with gr.Row():
+                with gr.Row(elem_id="more"):
                     pixels = small(label="The small picture", elem_classes=["below", "pixels"])
                     truth = small(label="The truth")
                     invented = small(label="What was invented")
@@ -586,11 +581,14 @@ def build_app(workshop, study):
                                     info="The difference to the faithful result, around gray. Of one face only.")
                 whole = gr.Checkbox(label="Treat it as one face", info="Else a large picture is searched for faces.")
                 gr.Examples(samples, [photo, shrink, scale], label="Or try one of these", example_labels=titles)
-                with gr.Accordion("A face was missed? Cut it out by hand", open=False) as scissors:
+                with gr.Accordion("A face was missed? Point at it", open=False) as scissors:
                     gr.Markdown("Click the middle of the face, then choose the size of the frame: the whole head.")
                     view = gr.Image(interactive=False, format="png", show_label=False, buttons=[], elem_id="scissors")
                     place, share = gr.State(), gr.Slider(0.02, 1, 0.25, step=0.01, label="Frame size", buttons=[])
-                    cut = gr.Button("Take this part as one face")
+                    with gr.Row():
+                        point = gr.Button("Restore it in the photograph", variant="primary")
+                        undo = gr.Button("Take it back")
+                    cut, marks = gr.Button("Take this part alone, as one face"), gr.State([])
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
@@ -598,8 +596,8 @@ def build_app(workshop, study):
             outputs = [slider, pixels, truth, invented, numbers, faces, download, cancel, clock, made, scale, added,
                        status]
             at_once = dict(concurrency_limit=None, show_progress="hidden")
-            gr.on([photo.change, strength.change, shrink.input, added.input, whole.change, scale.input], upscale_one,
-                  [photo, strength, shrink, added, whole, scale], outputs, trigger_mode="multiple",
+            gr.on([photo.change, strength.change, shrink.input, added.input, whole.change, scale.input, marks.change],
+                  upscale_one, [photo, strength, shrink, added, whole, scale, marks], outputs, trigger_mode="multiple",
                   api_name="upscale", **at_once)
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             hidden = dict(api_visibility="private", **at_once)
@@ -607,11 +605,13 @@ def build_app(workshop, study):
             clock.tick(look, made, [status, download, clock], **hidden)
             view.select(move_frame, [photo, share], [place, view], **hidden)
             gr.on([scissors.expand, share.input], lambda *place: aim(*place)[0], [photo, place, share], view, **hidden)
+            point.click(mark, [photo, place, share, marks], marks, **hidden)
+            undo.click(lambda marks: marks[:-1], marks, marks, **hidden)
             cut.click(cut_out, [photo, place, share], [photo, whole, scale, status], **hidden)
         with gr.Tab("Folder"):
             gr.Markdown(f"Up to {FILES} pictures at once: faces, and photographs of up to 16 megapixels.")
             files = gr.File(file_count="multiple", label="Pictures", height=180)
-            same, times = make_knob(), make_choice()
+            same, times = make_knob(), make_choice(("as its size asks", 0))
             with gr.Row():
                 go, end = gr.Button("Upscale all", variant="primary"), gr.Button("Cancel")
             report = gr.Markdown()

@@ -286,12 +286,15 @@ def fit(picture, side):
 
 def aimed(picture, place, share):
     """Point at a part of an (H, W, 3) uint8 picture: (it, of at most 1024 pixels a side, with a frame around `place`,
-    (x, y) there, or around its middle; the part in the frame, whose side is a share of the shorter side)."""
+    (x, y) there, or around its middle; the Face in the frame, whose side is a share of the picture's shorter side;
+    the part in the frame)."""
     shown = fit(picture, 1024).copy()
     (height, width), factor = shown.shape[:2], len(picture) / len(shown)
-    square = Face(*(place or (width / 2, height / 2)), share * min(height, width), 0, 1).square(height, width)
-    top, left, side = (round(length * factor) for length in square)
-    return frame(shown, *square), picture[top:top + side, left:left + side]
+    x, y = place or (width / 2, height / 2)
+    face = Face(x * factor, y * factor, share * min(picture.shape[:2]), 0, 1)
+    top, left, side = face.square(*picture.shape[:2])
+    frame(shown, *(round(length / factor) for length in (top, left, side)))
+    return shown, face, picture[top:top + side, left:left + side]
 
 
 def face_pairs(picture, sr):
@@ -301,6 +304,12 @@ def face_pairs(picture, sr):
     return [[resize_square(np.rot90(image[patch.top * n:, patch.left * n:][:patch.side * n, :patch.side * n],
                                     round(patch.face.angle / 90)), 256) for image, n in ((picture.lr, 1), (sr, factor))]
             for patch in picture.patches]
+
+
+def captioned_pairs(picture, sr, name=""):
+    """List a photograph's faces: (before and after side by side, (256, 512, 3) uint8, caption)."""
+    return [(np.hstack(pair), f"{shortened(name, 24)}{number}: {patch.side} px, {patch.action}")
+            for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
 
 
 def photo_rows(picture, sr):

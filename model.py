@@ -16,8 +16,8 @@ import io
 import os
 import re
 import zipfile
-from collections import Counter
-from concurrent.futures import CancelledError
+from collections import Counter, deque
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
@@ -30,7 +30,8 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data_loader import Face, enlarge, find_faces, resize_square, to_tensor, to_uint8, working_size, write_atomically
+from data_loader import (Face, enlarge, find_faces, resize_square, to_tensor, to_uint8, working_size, write_atomically,
+                         write_png)
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -38,6 +39,7 @@ PRECISION_HELP = ("of the networks' arithmetic; auto: bfloat16 where the hardwar
                   "Turing, else float32, which is never TF32 [%(default)s]")
 CONTENT = 2 * 10**9         # bytes that a .pth file may unpack to; VGG19 has 0.55
 TILE, OVERLAP = 288, 24     # LR pixels; what lies further away changes three values in a million by two grey levels
+WRITERS = 8                 # threads that compress PNGs; as many pictures wait to be written
 CUDA_FULL = "the GPU's memory is full; try a smaller --batch-size, or --device cpu"
 
 
@@ -196,6 +198,7 @@ class Picture:
     alpha: np.ndarray | None = None     # (H, W) uint8
     hr: np.ndarray | None = None        # (sH, sW, 3) uint8
     patches: list = field(default_factory=list)     # the faces, of a photograph
+    marked: list = field(default_factory=list)      # those of them, of class Face, that somebody has pointed at
 
 
 def upscale_pictures(generator, pictures, batch_size):
@@ -216,6 +219,26 @@ def upscale_pictures(generator, pictures, batch_size):
             yield from flush(max(waiting, key=lambda key: len(waiting[key])))
     for shape in list(waiting):
         yield from flush(shape)
+
+
+def write_result(picture, sr):
+    """Write the PNG of a result, with the alpha channel enlarged beside it."""
+    if picture.alpha is not None:
+        sr = np.dstack([sr, enlarge(picture.alpha, len(sr) // len(picture.lr))])
+    write_png(picture.output, sr)
+
+
+def write_results(results):
+    """Write pairs (picture, sr) on threads, while the network works on the next and the first are compared;
+    yield (picture, sr, future of the writing)."""
+    writing = deque()
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for picture, sr in results:
+            writing.append((picture, sr, pool.submit(write_result, picture, sr)))
+            # Large ones are not hoarded: each would wait with all its pixels.
+            while len(writing) > WRITERS or writing and sum(sr.size for _, sr, _ in writing) > 2**27:
+                yield writing.popleft()
+        yield from writing
 
 
 def added_detail(faithful, lr, sr):
@@ -243,15 +266,19 @@ class Patch:
     sr: np.ndarray | None = None
 
 
-def find_patches(photo, factor, smallest=SMALLEST[4]):
+def find_patches(photo, factor, smallest=SMALLEST[4], marked=()):
     """Find the faces of an (H, W, 3) uint8 photograph and decide what to do with each, if the result is `factor`
-    times as large: a list of Patch, from left to right. Frames of fewer than `smallest` pixels are left alone.
+    times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. The Faces
+    in `marked` come last, and replace what was found, or marked before, with its middle in their frame.
 
     A face whose pixels hold what they can goes through the network as it is, a blurred one is reduced first to
     what it shows; turned by more than 45 degrees, it is turned by quarters, which loses nothing.
     """
-    patches = []
-    for face in find_faces(photo):
+    patches, faces = [], find_faces(photo)
+    for face in marked:
+        reach = face.size / 2
+        faces = [other for other in faces if max(abs(other.x - face.x), abs(other.y - face.y)) > reach] + [face]
+    for face in faces:
         top, left, side = face.square(*photo.shape[:2])
         lr = np.rot90(photo[top:top + side, left:left + side], round(face.angle / 90))
         size = working_size(lr)
@@ -311,7 +338,7 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
     for picture in photos:
         size = picture.lr.shape[0] * picture.lr.shape[1]
         number = enlargement(picture.lr, factor)
-        group.append((picture, number, find_patches(picture.lr, number, SMALLEST[8 if tiny else 4])))
+        group.append((picture, number, find_patches(picture.lr, number, SMALLEST[8 if tiny else 4], picture.marked)))
         pixels += size
         if pixels > 4e6 or sum(len(patches) for _, _, patches in group) >= batch_size:
             yield from restore(group)

@@ -105,6 +105,19 @@ def test_the_scale_is_that_of_the_checkpoint_where_one_is_given(run, tmp_path, c
     assert "leave out --scale" in capsys.readouterr().err
 
 
+def test_hints_at_what_suits_the_pictures_better(run, tmp_path, capsys, faces):
+    """Only where that is so: not at eight times, not for photographs, not for a face of the usual size."""
+    for side in (16, 32, 80):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
+    tiny, usual, large = (str(tmp_path / f"{side}.png") for side in (16, 32, 80))
+    for arguments, hints in (([tiny, usual, large], ["--scale 8", "--photo"]), ([usual], []),
+                             ([tiny, "--scale", "8"], []), ([large, "--photo"], []), ([faces, "--simulate"], [])):
+        eightfold = {"checkpoint": CHECKPOINT.with_name("srgan_x8.pth")} if "8" in arguments else {}
+        assert run(*arguments, **eightfold) == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hint: ")]
+        assert len(said) == len(hints) and all(hint in line for hint, line in zip(hints, said)), arguments
+
+
 def test_alone_on_a_folder_tree(run, tmp_path):
     save(tmp_path / "in" / "a.jpg", noise(8, 8))
     save(tmp_path / "in" / "a.png", noise(8, 8, seed=1))

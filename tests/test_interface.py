@@ -203,7 +203,7 @@ def test_pictures_that_cannot_be_used_get_a_sentence(client, app, tmp_path):
         result = upscale(client, tmp_path / name, whole=True)
         assert name in result.line and reason in result.line and "/" not in result.line, name
         assert result.ours is result.lr is result.download is None
-    assert "small already" in upscale(client, save(tmp_path / "face.png", (32, 32)), shrink=True).line
+    assert "only 32 x 32" in upscale(client, save(tmp_path / "face.png", (32, 32)), shrink=True).line
     example = upscale(client, None)
     assert "An example" in example.line and example.ours.shape == (128, 128, 3)
     for strength in (7, -1):
@@ -272,14 +272,18 @@ def test_a_folder(app, client, tmp_path):
 
 
 def test_a_folder_of_tiny_faces_and_a_photograph(app, client, tmp_path):
-    """Eight times, as the command does; the photograph's faces are listed, whatever a picture is called."""
-    tiny, photo = save(tmp_path / "faces.png"), tmp_path / "astronaut.png"
+    """Each as its size asks, as the command does; the photograph's faces are listed, whatever a picture is called."""
+    tiny, photo, face = save(tmp_path / "faces.png"), tmp_path / "astronaut.png", save(tmp_path / "face.png", (32, 32))
     Image.fromarray(skimage.data.astronaut()[:, 60:420]).resize((72, 102), Image.Resampling.LANCZOS).save(photo)
-    _, archive, report = client.predict([handle_file(tiny), handle_file(photo)], 1, 8, api_name="/folder")
-    assert "2 enlarged" in report and "astronaut.png: 1 face" in report
+    files = [handle_file(path) for path in (tiny, photo, face)]
+    pairs, archive, report = client.predict(files, 1, 0, api_name="/folder")
+    assert "3 enlarged" in report and "astronaut.png: 1 face" in report
+    captions = [pair["caption"] for pair in pairs]
+    assert captions[:2] + captions[3:] == ["faces.png", "astronaut.png", "face.png"] and ", 1: " in captions[2]
+    assert np.array(Image.open(pairs[3]["image"])).shape == (128, 256, 3)
     expected = command(app, tmp_path / "out", tiny, "--checkpoint", app.folder / "srgan_x8.pth")
     with zipfile.ZipFile(archive) as pack:
-        assert sorted(pack.namelist()) == ["astronaut.png", "faces.csv", "faces.png"]
+        assert sorted(pack.namelist()) == ["astronaut.png", "face.png", "faces.csv", "faces.png"]
         with pack.open("faces.png") as file:
             assert np.array_equal(np.array(Image.open(file)), expected)
         command(app, tmp_path / "out", photo, "--photo")
@@ -368,7 +372,7 @@ def test_a_face_in_the_browser(app, page, faces, tmp_path):
     assert download.value.suggested_filename == f"{path.stem}_x4.png"
 
 
-def test_a_face_is_cut_out_by_hand(app, page, tmp_path):
+def test_a_face_is_pointed_at_and_cut_out_by_hand(app, page, tmp_path):
     """And what is no picture is called so, in our words."""
     (tmp_path / "letter.txt").write_text("hello")
     page.locator("#photo button[aria-label='Remove Image'], #photo button[aria-label=Clear]").first.click()
@@ -378,7 +382,7 @@ def test_a_face_is_cut_out_by_hand(app, page, tmp_path):
     wall = save(tmp_path / "wall.png", (90, 70))
     page.locator("#photo input[type=file]").set_input_files(wall)
     page.get_by_text("no face found").wait_for()
-    page.get_by_text("Cut it out by hand").click()
+    page.get_by_text("Point at it").click()
     picture = page.locator("#scissors img")
     picture.wait_for()
     first = picture.get_attribute("src")
@@ -388,7 +392,12 @@ def test_a_face_is_cut_out_by_hand(app, page, tmp_path):
         if picture.get_attribute("src") != first:
             break
         page.wait_for_timeout(100)
-    page.get_by_text("Take this part as one face").click()
+    page.get_by_text("Restore it in the photograph").click()
+    page.get_by_text("1 face, 1 restored").wait_for()
+    page.get_by_text("1: 18 px, restored").wait_for()
+    page.get_by_text("Take it back").click()
+    page.get_by_text("no face found").wait_for()
+    page.get_by_text("Take this part alone").click()
     page.get_by_text("18 x 18 → 144 x 144 pixels; in").wait_for()  # so small that 8x is chosen
     assert page.get_by_label("Treat it as one face").is_checked()
     picture.wait_for(state="hidden")  # it showed another picture

@@ -182,6 +182,27 @@ def test_tiny_faces_go_through_the_network_for_eight_times(portraits, generator)
     assert np.array_equal(better[:, left:], sr[:, left:]) and not np.array_equal(better[:, :left], sr[:, :left])
 
 
+def test_a_face_that_somebody_points_at_is_restored_too(portraits, generator):
+    """Where the detector sees none; a frame set by hand replaces what lies in its middle, found or set before."""
+    photo, [(x, y, side, _)] = compose(portraits, [("hopper", 40, 0, 20, 20)], 140, 100)
+    wall = data_loader.Face(100, 30, 30, 0, 1)
+    better = data_loader.Face(x + 3, y - 2, 44, 0, 1)
+
+    def faces(*marked):
+        picture = Picture("", None, photo, marked=list(marked))
+        [(_, sr)] = restore_photos(generator, [picture], 16, 4, "bicubic")
+        return sr, [patch.face for patch in picture.patches]
+
+    sr, [found] = faces()
+    also, both = faces(wall)
+    assert both == [found, wall] and faces(better)[1] == [better] and faces(wall, better)[1] == [wall, better]
+    assert faces(wall, data_loader.Face(90, 40, 50, 0, 1))[1][1:] == [data_loader.Face(90, 40, 50, 0, 1)]
+    assert np.array_equal(also[:, :4 * 85], sr[:, :4 * 85])
+    restored = upscale(generator, [photo[15:45, 85:115]])[0]
+    middle = np.s_[40:-40, 40:-40]
+    assert np.array_equal(also[60:180, 340:460][middle], restored[middle])
+
+
 def test_the_command_writes_the_picture_the_table_and_the_figure(portraits, tmp_path, capsys):
     photo, truth = compose(portraits, [("hopper", 36, 0, 10, 10), ("astronaut", 130, 0, 80, 30)], 320, 220)
     (tmp_path / "in" / "sub").mkdir(parents=True)
