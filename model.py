@@ -251,6 +251,7 @@ SMALLEST = {4: 20, 8: 12}   # pixels of a frame from which a face can be made, b
 TINY = 24                   # pixels: below, eight times gives the better face (LPIPS 0.13 against 0.15 at 20)
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = 0.6                  # of its frame: a face that fits in less of it is blurred
+BLOCKS, CODED = 1.12, 48    # from a JPEG of a quality of some 80 or less, that many pixels: what is more is its pattern
 
 
 @dataclass
@@ -266,15 +267,28 @@ class Patch:
     sr: np.ndarray | None = None
 
 
+def blockiness(photo):
+    """How much more neighbours differ across the borders of JPEG's blocks of 8 pixels than within, in an (H, W, 3)
+    uint8 photograph: about 1 where it never was one, or a good one, or has been resized since, or is too small."""
+    if min(photo.shape[:2]) < 64:
+        return 1.0
+    gray, ratios = photo.mean(2, dtype=np.float32), []
+    for gray in (gray, gray.T):
+        steps = np.abs(np.diff(gray, axis=1)).clip(0, 20).mean(0)       # what is more is an edge of its own
+        steps = steps[:len(steps) // 8 * 8].reshape(-1, 8).mean(0)
+        ratios.append(steps[7] / max(steps[1:6].mean(), 1e-6))
+    return float(np.mean(ratios))
+
+
 def find_patches(photo, factor, smallest=SMALLEST[4], marked=()):
     """Find the faces of an (H, W, 3) uint8 photograph and decide what to do with each, if the result is `factor`
     times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. The Faces
     in `marked` come last, and replace what was found, or marked before, with its middle in their frame.
 
-    A face whose pixels hold what they can goes through the network as it is, a blurred one is reduced first to
-    what it shows; turned by more than 45 degrees, it is turned by quarters, which loses nothing.
+    A face whose pixels hold what they can goes through the network as it is, a blurred one, or one that a JPEG has
+    coarsened, is reduced first to what it shows; turned by more than 45 degrees, it is turned by quarters, which loses nothing.
     """
-    patches, faces = [], find_faces(photo)
+    patches, faces, coded = [], find_faces(photo), blockiness(photo) > BLOCKS
     for face in marked:
         reach = face.size / 2
         faces = [other for other in faces if max(abs(other.x - face.x), abs(other.y - face.y)) > reach] + [face]
@@ -285,6 +299,8 @@ def find_patches(photo, factor, smallest=SMALLEST[4], marked=()):
         soft = size < SOFT * side
         action = "small" if side < smallest else \
             "sharp" if size > DETAIL or factor == 1 and not soft else "restored"
+        if action == "restored" and coded and size > CODED:
+            soft, size = True, CODED
         patches.append(Patch(face, top, left, side, size, action,
                              resize_square(lr, size) if soft and action == "restored" else lr))
     return patches

@@ -16,7 +16,7 @@ import inference
 from data_loader import DataError, enlarge, find_faces, read_image, resize_square, working_size
 from inference import CHECKPOINT, Picture, restore_photos, upscale
 from loss import psnr
-from model import load_checkpoint
+from model import blockiness, load_checkpoint
 
 GRAY = 110
 
@@ -150,6 +150,21 @@ def test_no_seam_and_no_colour_shift(portraits, generator):
         assert rim.max() <= 1 < change.max()
         mean = (sr.astype(int) - bicubic)[top:top + side, left:left + side].mean((0, 1))
         assert np.abs(mean).max() < 4
+
+
+def test_a_face_that_a_jpeg_has_coarsened_is_reduced_to_what_it_shows(portraits, generator):
+    """Only by a poor JPEG, only a face of more pixels than are left of it, whichever way the blocks lie."""
+    photo, _ = compose(portraits, [("hopper", 40, 0, 10, 10), ("hopper", 80, 0, 100, 10), ("hopper", 130, 0, 200, 60)],
+                       400, 260)
+    plain = [patch.working_size for patch in restore(generator, photo)[1]]
+    assert plain[1] > 70 and plain[2] > 110
+    for quality, middle in ((50, 48), (70, 48), (95, plain[1])):
+        _, patches = restore(generator, data_loader.jpeg(photo, quality))
+        sizes = [patch.working_size for patch in patches]
+        assert abs(sizes[0] - plain[0]) <= 6 and abs(sizes[1] - middle) <= 8 * (quality == 95), (quality, sizes)
+        assert len(patches[1].lr) == (48 if quality < 95 else patches[1].side), quality
+        assert [patch.action for patch in patches] == ["restored", "restored", "sharp"], quality
+    assert blockiness(data_loader.jpeg(photo, 50)) > 1.2 > 1.06 > blockiness(photo) > 0.9
 
 
 def test_faces_of_several_photographs_share_a_batch(portraits, generator):
