@@ -81,8 +81,7 @@ def read_pictures(args, files, scale, taken, failed):
                                 f"the result may have {RESULT_LIMIT:,}; " + (
                                     "use --enlarge 1" if args.photo else "use --photo for a photograph with faces"))
             if not args.photo and height * width > 1e6:         # some 20 s and more on a CPU
-                tqdm.write(f"{path}: {width}x{height} pixels become {width * scale}x{height * scale}, which takes a "
-                           "while; --photo restores only the faces of a photograph, in seconds")
+                tqdm.write(f"{path}: {width * scale}x{height * scale} pixels take a while; --photo does faces only")
             output = choose_output(relative, args.output, taken)
             yield Picture(printable(output.relative_to(args.output).with_suffix("")), output, lr, alpha, hr)
         except (DataError, OSError, MemoryError) as error:
@@ -157,8 +156,9 @@ def main(args):
         if faces:
             write_csv(table, FACES, faces)
         if sheet:
-            plot_comparison(comparison, [row for name in sorted(sheet) for row in sheet[name]],
-                            f"{len(sheet)} of {done} shown" * (len(sheet) < done))
+            notes = [f"{len(sheet)} of {done} shown"] * (len(sheet) < done)
+            notes += [f"strength {args.strength:g}"] * (args.strength < 1)
+            plot_comparison(comparison, [row for name in sorted(sheet) for row in sheet[name]], ", ".join(notes))
     except OSError as error:
         failed(f"{error.filename or args.output}: cannot be written ({error.strerror})")
         sheet = {}

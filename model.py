@@ -286,7 +286,8 @@ def find_patches(photo, factor, smallest=SMALLEST[4], marked=()):
     in `marked` come last, and replace what was found, or marked before, with its middle in their frame.
 
     A face whose pixels hold what they can goes through the network as it is, a blurred one, or one that a JPEG has
-    coarsened, is reduced first to what it shows; turned by more than 45 degrees, it is turned by quarters, which loses nothing.
+    coarsened, is reduced first to what it shows; turned by more than 45 degrees, it is turned by quarters, which loses
+    nothing.
     """
     patches, faces, coded = [], find_faces(photo), blockiness(photo) > BLOCKS
     for face in marked:

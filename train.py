@@ -95,8 +95,8 @@ def plot_curves(log, path):
     """Draw the training curves of a log.jsonl: PSNR, VGG distance, losses, D(real) and D(fake)."""
     from matplotlib.figure import Figure
     lines = read_log(log)
-    figure = Figure(figsize=(12, 8))
-    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.07, top=0.95, hspace=0.3)
+    figure = Figure(figsize=(14, 8))
+    figure.subplots_adjust(left=0.05, right=0.85, bottom=0.07, top=0.95, wspace=0.55, hspace=0.3)
     panels = dict(zip(("validation PSNR, dB", "validation VGG distance", "training losses, unweighted",
                        "mean D(real) and D(fake)"), figure.subplots(2, 2).flat))
     psnr, vgg, losses, outputs = panels.values()
@@ -120,7 +120,7 @@ def plot_curves(log, path):
         axes.set(title=title, xlabel="step of the stage")
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize="small", framealpha=0.5)
+            axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))      # beside the lines
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
