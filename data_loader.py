@@ -2,8 +2,7 @@
 
 Faces are read once, kept as bytes on the training device, and cut, flipped and reduced there for every step:
 
-    train_files, val_files = split_files([Path("thumbnails128x128")])
-    faces = load_faces(train_files)                     # (N, 3, 128, 128) uint8
+    faces, val_faces = load_split((Path("thumbnails128x128"),), None, 100)      # (N, 3, 128, 128) uint8
     batches = FaceBatches(faces, batch_size=16)
     lr, hr = batches(step)                              # float in [0, 1]: (16, 3, 16, 16), (16, 3, 64, 64)
 
@@ -157,18 +156,21 @@ def remove_remains(folder):
 
 def write_png(path, picture):
     """Write (H, W, 3 or 4) uint8 as a PNG that is marked as a result."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text("Software", MARK)
+    order = cv2.COLOR_RGB2BGR if picture.shape[2] == 3 else cv2.COLOR_RGBA2BGRA
+    data = cv2.imencode(".png", cv2.cvtColor(picture, order))[1]    # twice as fast as Pillow, but knows no text
+
+    def write(file):
+        file.write(data[:33])       # the signature and the header
+        PngImagePlugin.putchunk(file, b"tEXt", b"Software\0" + MARK.encode())
+        file.write(data[33:])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: Image.fromarray(picture).save(
-        file, format="PNG", pnginfo=info, compress_level=1, compress_type=3))      # run lengths: fast, and no larger
+    write_atomically(path, write)
 
 
 def write_csv(path, header, rows):
     """Write a table."""
-    with io.StringIO(newline="") as text:
-        csv.writer(text).writerows([header, *rows])
-        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    csv.writer(text := io.StringIO(newline="")).writerows([header, *rows])
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def is_result(path):
@@ -197,8 +199,7 @@ def find_inputs(inputs, output):
         elif item.is_file():
             own = output.resolve() in item.resolve().parents and is_result(item)
             files = [] if own else [(item, Path(item.name))]
-            if own:
-                problems.append(f"{item}: a result of an earlier call, not upscaled again")
+            problems += [f"{item}: a result of an earlier call, not upscaled again"] * own
         else:
             files = []
             problems.append(f"{item}: there is no such file or folder")
@@ -235,10 +236,9 @@ def split_files(train_dirs, val_dir=None):
         if not val:
             raise DataError(f"{val_dir}: no pictures found to validate on")
         held_out = {path.resolve() for path in val}
-        train = [path for path in files if path.resolve() not in held_out]
-        if not train:
-            raise DataError(f"{val_dir}: holds every training picture, so none is left to train on")
-        return train, val
+        if train := [path for path in files if path.resolve() not in held_out]:
+            return train, val
+        raise DataError(f"{val_dir}: holds every training picture, so none is left to train on")
 
     def validates(path):
         if re.fullmatch(r"\d{5}", path.stem) and path.parent.name == f"{int(path.stem) // 1000:02d}000":
