@@ -71,13 +71,11 @@ class DataError(Exception):
 def find_images(folder):
     """List the pictures below `folder`, in sorted order. Hidden files and folders are left out, and folders that
     cannot be read, with a warning on stderr."""
-    def unreadable(error):
-        print(f"warning: {error.filename}: {error.strerror}; left out", file=sys.stderr)
-
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: there is no such folder")
     found = []
-    for parent, folders, files in os.walk(folder, onerror=unreadable):
+    for parent, folders, files in os.walk(folder, onerror=lambda error: print(
+            f"warning: {error.filename}: {error.strerror}; left out", file=sys.stderr)):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
     return sorted(path for path in found if path.is_file())
@@ -113,11 +111,10 @@ def read_image(path):
                 levels *= 255 if image.mode == "F" and levels.max() <= 1 else 255 / 65535
                 gray = np.rint(levels.clip(0, 255)).astype(np.uint8)
                 return np.repeat(gray[..., None], 3, axis=2), None
-            alpha = None
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                alpha = np.array(image.getchannel("A"))
-            return np.array(image.convert("RGB")), alpha
+            if not image.has_transparency_data:
+                return np.array(image.convert("RGB")), None
+            image = image.convert("RGBA")
+            return np.array(image.convert("RGB")), np.array(image.getchannel("A"))
         except Exception as error:          # Pillow's decoders raise nearly every built-in exception
             raise DataError(f"{path}: cannot be read ({str(error) or 'not enough memory'})") from None
 
@@ -154,14 +151,15 @@ def remove_remains(folder):
                 path.unlink()
 
 
-def write_png(path, picture):
-    """Write (H, W, 3 or 4) uint8 as a PNG that is marked as a result."""
+def write_png(path, picture, extras=()):
+    """Write (H, W, 3 or 4) uint8, and more PNG chunks, (name, bytes), as a PNG that is marked as a result."""
     order = cv2.COLOR_RGB2BGR if picture.shape[2] == 3 else cv2.COLOR_RGBA2BGRA
     data = cv2.imencode(".png", cv2.cvtColor(picture, order))[1]    # twice as fast as Pillow, but knows no text
 
     def write(file):
         file.write(data[:33])       # the signature and the header
-        PngImagePlugin.putchunk(file, b"tEXt", b"Software\0" + MARK.encode())
+        for chunk in ((b"tEXt", b"Software\0" + MARK.encode()), *extras):
+            PngImagePlugin.putchunk(file, *chunk)
         file.write(data[33:])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, write)

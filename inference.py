@@ -35,8 +35,8 @@ from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_o
 from loss import (STUDY_ABSENT, Study, aimed, build_study, captioned_pairs, compare, fit, numbered, photo_rows,
                   photo_table, plot_comparison, report, report_study)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, AtWork, CheckpointError, DeviceError, Picture,
-                   added_detail, enlargement, load_generator, locked, photo_sentence, restore_photos, select_device,
-                   siblings, upscale, upscale_pictures, write_result, write_results)
+                   added_detail, enlargement, load_generator, locked, photo_sentence, read_extras, restore_photos,
+                   select_device, siblings, upscale, upscale_pictures, write_result, write_results)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 SHOWN = 12                  # pictures in the comparison figure
@@ -83,7 +83,8 @@ def read_pictures(args, files, scale, taken, failed):
             if not args.photo and height * width > 1e6:         # some 20 s and more on a CPU
                 tqdm.write(f"{path}: {width * scale}x{height * scale} pixels take a while; --photo does faces only")
             output = choose_output(relative, args.output, taken)
-            yield Picture(printable(output.relative_to(args.output).with_suffix("")), output, lr, alpha, hr)
+            name = printable(output.relative_to(args.output).with_suffix(""))
+            yield Picture(name, output, lr, alpha, hr, extras=read_extras(path))
         except (DataError, OSError, MemoryError) as error:
             reason = str(error) or "not enough memory"
             failed(reason if str(path) in reason else f"{path}: {reason}")
@@ -193,8 +194,9 @@ WORDS = """
 - **Strength**: 0 is the faithful network (SRResNet): soft, closest to the truth on average. 1 is the vivid one
   (SRGAN): sharp, because it invents what faces usually look like. Between them, the two are mixed.
 - **Shrink it first**: makes a sharp picture small, then enlarges it: the result can be held against the truth.
-- **PSNR** (in decibels) and **SSIM** (1 at most): how near a result is to the truth, pixel by pixel and in
-  structure; more is nearer. Sharp results often score lower than soft ones: people have to look, too."""
+- **PSNR** (in decibels) and **SSIM** (1 at most): how near a result is to the truth; more is nearer. Sharp results
+  often score lower than soft ones: people have to look, too."""
+LOOK = "(...args) => (innerWidth > 700 || document.querySelector('#compare').scrollIntoView(), args)"
 PRIVACY = f"""Your pictures stay on the computer that runs this page, in a temporary folder, and are deleted after
 {KEPT} minutes or when the program ends. Nothing is sent to anybody else."""
 # Nothing on the page may ask another host for anything, whatever Gradio's templates refer to.
@@ -223,7 +225,7 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 @media (max-width: 700px) {
     #work {display: flex} #show {display: contents} #knobs {order: 1} #more {order: 2}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
-    :is(#faces, #pairs) .grid-wrap {max-height: none !important}
+    :is(#faces, #pairs) .grid-wrap {max-height: none !important} .caption-label {font-size: 10px !important}
     #photo {height: 170px !important; min-height: 0 !important}
     #compare:not(.fullscreen) {height: calc(92vw + 28px) !important}}"""
 # Keys for the study; what Gradio's slider, which knows the mouse alone, lacks; alternative texts.
@@ -378,12 +380,12 @@ class Workshop:
                 (lr, hr), alpha = simulate(lr, scale, self.args.kernel, self.args.damage), None
         except DataError as error:
             raise DataError(str(error).replace(str(path), path.name)) from None
-        return Picture(path.stem, output, lr, alpha, hr)
+        return Picture(path.stem, output, lr, alpha, hr, extras=read_extras(path))
 
     def enlarge(self, job, path, strength, shrink, added, whole, scale, marked=()):
         """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, no
-        larger than a screen), the pictures LR and truth (after shrinking) and what was invented, or None, the pairs of
-        faces with captions, the photograph with their numbers, or None, and one line on what was done."""
+        larger than a screen), the pictures LR and truth (after shrinking) and what was invented, or None, the
+        photograph with its faces' numbers and their pairs, with captions, and one line on what was done."""
         started, folder = time.monotonic(), Path(tempfile.mkdtemp(dir=self.folder))
         if scale not in self.files:
             raise UsageError(f"Enlargement is one of {', '.join(map(str, sorted(self.files)))}")
@@ -410,7 +412,6 @@ class Workshop:
         if photo:
             unchanged = "; nothing was changed" if factor == 1 else "; only enlarged"
             line += f"; {photo_sentence(picture.patches)}" + unchanged * (not restored)
-            line += "; 8x is for one face" * (scale == 8) + "; what was invented is shown for one face" * added
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
         if not photo and factor != (suited := self.suited(picture.lr)):
             line += f"; for a face of this size, try {suited}x"
@@ -418,9 +419,9 @@ class Workshop:
             line += ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), "
                      "SSIM {ssim:.3f} (bicubic {ssim_bicubic:.3f})").format(**scores)
         faces = captioned_pairs(picture, sr)
+        faces[:0] = [(fit(numbered(picture), 1024), "which is which")] * (len(faces) > 1)
         return SimpleNamespace(file=str(picture.output), pair=(str(pair[1]), str(pair[0])), hr=picture.hr, photo=photo,
-                               lr=None if picture.hr is None else picture.lr, invented=invented, faces=faces, line=line,
-                               numbers=fit(numbered(picture), 1024) if len(faces) > 1 else None)
+                               lr=None if picture.hr is None else picture.lr, invented=invented, faces=faces, line=line)
 
     def enlarge_all(self, job, paths, strength, scale):
         """Upscale many uploads, photographs with their faces, a face by `scale` or, if that is 0, as its size asks:
@@ -460,7 +461,8 @@ def build_app(workshop, study):
 
     async def upscale_one(photo, strength, shrink, added, whole, scale, marks, request: gr.Request):
         path = Path(photo or examples.get(scale, ""))
-        settings = path, strength, shrink, added, whole, scale, [face for picture, face in marks if picture == photo]
+        marked = [mark for picture, *mark in marks if picture == photo]
+        settings = path, strength, shrink, added, whole, scale, marked
         try:
             async for result in workshop.work(request, workshop.enlarge, *settings):
                 if isinstance(result, str):
@@ -475,9 +477,9 @@ def build_app(workshop, study):
 
     def shown(result):
         """What the page shows of a result of Workshop.enlarge, or of None."""
-        absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "numbers", "photo"))
+        absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
         result = result or SimpleNamespace(**absent, faces=[], line="")
-        pictures = {pixels: result.lr, truth: result.hr, invented: result.invented, numbers: result.numbers}
+        pictures = {pixels: result.lr, truth: result.hr, invented: result.invented}
         return {box: gr.Image(picture, visible=picture is not None) for box, picture in pictures.items()} | {
                 slider: result.pair, status: result.line,
                 added: gr.Checkbox(interactive=workshop.has_knob and not result.photo),
@@ -502,15 +504,13 @@ def build_app(workshop, study):
     def move_frame(path, share, event: gr.SelectData):
         return event.index, aim(path, event.index, share)[0]
 
-    def mark(path, place, share, marks):
-        _, face, _ = aim(path, place, share)
-        return [*marks, (path, face)] if face else marks
+    def mark(wish, path, place, share, marks):
+        return [*marks, (path, face, wish)] if (face := aim(path, place, share)[1]) else marks
 
     def cut_out(path, place, share):
         _, _, part = aim(path, place, share)
-        if part is None:
-            return {status: "**Give a picture first**"}
-        return {photo: part, whole: True, scale: workshop.suited(part)}
+        return gr.skip() if part is None else {photo: part, whole: True, scale: workshop.suited(part), origin: path,
+                                               back: gr.Button(visible=True)}
 
     async def enlarge_all(files, strength, scale, request: gr.Request):
         if not files or len(files) > FILES:
@@ -550,8 +550,7 @@ def build_app(workshop, study):
             examples.setdefault(scale, str(path))
             samples.append([str(path), scale is None, scale or workshop.scale])
             titles.append(f"{name.replace('_', ' ').title()}, {len(picture)} x {len(picture)}")
-    first = workshop.enlarge(None, Path(examples[workshop.scale]), workshop.args.strength, False, False, False,
-                             workshop.scale)
+    first = workshop.enlarge(None, Path(examples[workshop.scale]), workshop.args.strength, *[False] * 3, workshop.scale)
 
     with gr.Blocks(title="Face SRGAN", analytics_enabled=False) as app:
         gr.Markdown(INTRODUCTION)
@@ -559,6 +558,7 @@ def build_app(workshop, study):
             with gr.Column(elem_id="give"):
                 photo = gr.Image(type="filepath", image_mode=None, format="png", label="Your picture", height=260,
                                  buttons=[], sources=["upload", "clipboard", "webcam"], elem_id="photo")
+                back = gr.Button("Back to the photograph", visible=False)
             with gr.Column(elem_id="show"):
                 slider = gr.ImageSlider(first.pair, label="Blurry enlargement | ours: drag the line", height=480,
                                         type="filepath", interactive=False, buttons=["fullscreen"], elem_id="compare")
@@ -572,7 +572,6 @@ def build_app(workshop, study):
                     pixels = small(label="The small picture", elem_classes=["below", "pixels"])
                     truth = small(label="The truth")
                     invented = small(label="What was invented")
-                    numbers = small(label="The faces by number")
             with gr.Column(elem_id="knobs"):
                 scale, strength = make_choice(), make_knob()
                 shrink = gr.Checkbox(label="This is already sharp: shrink it first",
@@ -581,33 +580,34 @@ def build_app(workshop, study):
                                     info="The difference to the faithful result, around gray. Of one face only.")
                 whole = gr.Checkbox(label="Treat it as one face", info="Else a large picture is searched for faces.")
                 gr.Examples(samples, [photo, shrink, scale], label="Or try one of these", example_labels=titles)
-                with gr.Accordion("A face was missed? Point at it", open=False) as scissors:
-                    gr.Markdown("Click the middle of the face, then choose the size of the frame: the whole head.")
-                    view = gr.Image(interactive=False, format="png", show_label=False, buttons=[], elem_id="scissors")
-                    place, share = gr.State(), gr.Slider(0.02, 1, 0.25, step=0.01, label="Frame size", buttons=[])
+                with gr.Accordion("Missed a face, or one too many? Point at it", open=False):
+                    gr.Markdown("Click the middle of the face, then set the frame around the whole head.")
+                    view = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"],
+                                    elem_id="scissors")
+                    place, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
                     with gr.Row():
-                        point = gr.Button("Restore it in the photograph", variant="primary")
-                        undo = gr.Button("Take it back")
-                    cut, marks = gr.Button("Take this part alone, as one face"), gr.State([])
+                        point, leave, undo, cut = map(gr.Button, ("Restore this face", "Leave it as it is", "Undo",
+                                                                  "Take it alone"))
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
-            made, clock = gr.State(), gr.Timer(20, active=False)
-            outputs = [slider, pixels, truth, invented, numbers, faces, download, cancel, clock, made, scale, added,
-                       status]
+            marks, origin, made, clock = gr.State([]), gr.State(), gr.State(), gr.Timer(20, active=False)
+            outputs = [slider, pixels, truth, invented, faces, download, cancel, clock, made, scale, added, status]
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             gr.on([photo.change, strength.change, shrink.input, added.input, whole.change, scale.input, marks.change],
                   upscale_one, [photo, strength, shrink, added, whole, scale, marks], outputs, trigger_mode="multiple",
                   api_name="upscale", **at_once)
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             hidden = dict(api_visibility="private", **at_once)
-            photo.change(lambda: (None, gr.Accordion(open=False)), None, [place, scissors], **hidden)
+            photo.change(lambda path, share: (None, aim(path, None, share)[0]), [photo, share], [place, view], **hidden)
             clock.tick(look, made, [status, download, clock], **hidden)
             view.select(move_frame, [photo, share], [place, view], **hidden)
-            gr.on([scissors.expand, share.input], lambda *place: aim(*place)[0], [photo, place, share], view, **hidden)
-            point.click(mark, [photo, place, share, marks], marks, **hidden)
+            share.input(lambda *place: aim(*place)[0], [photo, place, share], view, **hidden)
+            for button, wish in ((point, "restored"), (leave, "kept")):
+                button.click(functools.partial(mark, wish), [photo, place, share, marks], marks, js=LOOK, **hidden)
             undo.click(lambda marks: marks[:-1], marks, marks, **hidden)
-            cut.click(cut_out, [photo, place, share], [photo, whole, scale, status], **hidden)
+            back.click(lambda path: (path, False, gr.Button(visible=False)), origin, [photo, whole, back], **hidden)
+            cut.click(cut_out, [photo, place, share], [photo, whole, scale, origin, back], **hidden)
         with gr.Tab("Folder"):
             gr.Markdown(f"Up to {FILES} pictures at once: faces, and photographs of up to 16 megapixels.")
             files = gr.File(file_count="multiple", label="Pictures", height=180)

@@ -16,6 +16,7 @@ import io
 import os
 import re
 import zipfile
+import zlib
 from collections import Counter, deque
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,13 +26,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import ExifTags
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data_loader import (Face, enlarge, find_faces, resize_square, to_tensor, to_uint8, working_size, write_atomically,
-                         write_png)
+from data_loader import (Face, enlarge, find_faces, open_image, resize_square, to_tensor, to_uint8, working_size,
+                         write_atomically, write_png)
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -198,7 +200,20 @@ class Picture:
     alpha: np.ndarray | None = None     # (H, W) uint8
     hr: np.ndarray | None = None        # (sH, sW, 3) uint8
     patches: list = field(default_factory=list)     # the faces, of a photograph
-    marked: list = field(default_factory=list)      # those of them, of class Face, that somebody has pointed at
+    marked: list = field(default_factory=list)      # (Face, "restored" or "kept") that somebody has pointed at
+    extras: tuple = ()                              # its colour profile and EXIF data, as PNG chunks
+
+
+def read_extras(path):
+    """Read what a result takes over from a picture, its colour profile and EXIF data, as PNG chunks: (name, bytes)."""
+    chunks = []
+    with contextlib.suppress(Exception), open_image(path) as image:       # damaged ones do no harm
+        if (profile := image.info.get("icc_profile")) and image.mode in ("RGB", "RGBA", "P"):
+            chunks.append((b"iCCP", b"profile\0\0" + zlib.compress(profile)))
+        if exif := image.getexif():
+            exif.pop(ExifTags.Base.Orientation, None)       # `read_image` has applied it
+            chunks.append((b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
+    return tuple(chunks)
 
 
 def upscale_pictures(generator, pictures, batch_size):
@@ -225,7 +240,7 @@ def write_result(picture, sr):
     """Write the PNG of a result, with the alpha channel enlarged beside it."""
     if picture.alpha is not None:
         sr = np.dstack([sr, enlarge(picture.alpha, len(sr) // len(picture.lr))])
-    write_png(picture.output, sr)
+    write_png(picture.output, sr, picture.extras)
 
 
 def write_results(results):
@@ -251,6 +266,7 @@ SMALLEST = {4: 20, 8: 12}   # pixels of a frame from which a face can be made, b
 TINY = 24                   # pixels: below, eight times gives the better face (LPIPS 0.13 against 0.15 at 20)
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = 0.6                  # of its frame: a face that fits in less of it is blurred
+LEFT = ("sharp", "kept")    # what is done with faces that the network must not touch
 BLOCKS, CODED = 1.12, 48    # from a JPEG of a quality of some 80 or less, that many pixels: what is more is its pattern
 
 
@@ -262,7 +278,7 @@ class Patch:
     left: int
     side: int
     working_size: int
-    action: str                         # "restored", "sharp" (left alone) or "small" (too small)
+    action: str                         # "restored"; left alone: "sharp", "small" (too small), "kept" (as asked)
     lr: np.ndarray                      # upright, of the size that the network is given
     sr: np.ndarray | None = None
 
@@ -282,28 +298,30 @@ def blockiness(photo):
 
 def find_patches(photo, factor, smallest=SMALLEST[4], marked=()):
     """Find the faces of an (H, W, 3) uint8 photograph and decide what to do with each, if the result is `factor`
-    times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. The Faces
-    in `marked` come last, and replace what was found, or marked before, with its middle in their frame.
+    times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. What is
+    `marked`, (Face, "restored" or "kept"), comes last, and replaces what was found with its middle in that frame.
 
     A face whose pixels hold what they can goes through the network as it is, a blurred one, or one that a JPEG has
     coarsened, is reduced first to what it shows; turned by more than 45 degrees, it is turned by quarters, which loses
     nothing.
     """
-    patches, faces, coded = [], find_faces(photo), blockiness(photo) > BLOCKS
-    for face in marked:
-        reach = face.size / 2
-        faces = [other for other in faces if max(abs(other.x - face.x), abs(other.y - face.y)) > reach] + [face]
-    for face in faces:
+    patches, faces = [], [(face, None) for face in find_faces(photo)]
+    for face, wish in marked:
+        faces = [pair for pair in faces if max(abs(pair[0].x - face.x), abs(pair[0].y - face.y)) > face.size / 2]
+        faces.append((face, wish))
+    most = CODED if blockiness(photo) > BLOCKS else DETAIL
+    for face, wish in faces:
         top, left, side = face.square(*photo.shape[:2])
         lr = np.rot90(photo[top:top + side, left:left + side], round(face.angle / 90))
         size = working_size(lr)
-        soft = size < SOFT * side
-        action = "small" if side < smallest else \
-            "sharp" if size > DETAIL or factor == 1 and not soft else "restored"
-        if action == "restored" and coded and size > CODED:
-            soft, size = True, CODED
-        patches.append(Patch(face, top, left, side, size, action,
-                             resize_square(lr, size) if soft and action == "restored" else lr))
+        given = size if size < SOFT * side else side
+        action = "small" if side < smallest else wish or (
+            "sharp" if size > DETAIL or factor == 1 and given == side else "restored")
+        if action == "restored":
+            if size > most:
+                size = given = most
+            lr = resize_square(lr, given) if given < side else lr
+        patches.append(Patch(face, top, left, side, size, action, lr))
     return patches
 
 
@@ -340,12 +358,12 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
                 pass
         for picture, number, picture.patches in group:
             megapixels = picture.lr.shape[0] * picture.lr.shape[1] / 1e6
-            sharp = any(patch.action == "sharp" for patch in picture.patches)
+            sharp = any(patch.action in LEFT for patch in picture.patches)
             way = background or ("network" if megapixels <= 0.5 and not sharp else "bicubic")
             painted = way == "network" and number == generator.scale
             canvas = upscale(generator, [picture.lr])[0] if painted else enlarge(picture.lr, number)
             for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
-                if painted and patch.action == "sharp":
+                if painted and patch.action in LEFT:
                     patch.sr = enlarge(patch.lr, number)
                 if patch.sr is not None:
                     lay(patch, canvas, number)
@@ -368,6 +386,7 @@ def photo_sentence(patches):
     numbers = Counter(patch.action for patch in patches)
     parts = [f"{numbers['restored']} restored"]
     parts += [f"{numbers['sharp']} left as is (sharp already)"] * bool(numbers["sharp"])
+    parts += [f"{numbers['kept']} left as is (as asked)"] * bool(numbers["kept"])
     parts += [f"{numbers['small']} too small"] * bool(numbers["small"])
     return f"{len(patches)} face{'s' * (len(patches) != 1)}, {', '.join(parts)}" if patches else "no face found"
 

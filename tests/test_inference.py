@@ -9,12 +9,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import inference
 import model
-from data_loader import enlarge, find_images, read_image, sample_faces, simulate
+from data_loader import enlarge, find_images, is_result, read_image, sample_faces, simulate
 from inference import CHECKPOINT, upscale
 from loss import psnr
 from model import Generator, load_checkpoint, save_checkpoint
@@ -206,6 +206,27 @@ def test_alpha_is_kept(run, tmp_path):
     assert run(tmp_path / "a.png") == 0
     alpha = read_image(tmp_path / "out" / "a.png")[1]
     assert (alpha[12:20, 12:20] == 255).all() and (alpha[:4] < 3).all() and 0.2 < alpha.mean() / 255 < 0.3
+
+
+@pytest.mark.parametrize("photo", (False, True))
+def test_colour_profile_and_exif_are_kept(run, tmp_path, photo):
+    """But not the orientation, which has been applied; a damaged profile or none does no harm."""
+    profile, exif = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.DateTime] = 6, "2020:02:20 20:20:20"
+    exif[ExifTags.Base.ExifOffset] = {ExifTags.Base.DateTimeOriginal: "2019:01:01 00:00:00"}
+    folder = tmp_path / "in"
+    save(folder / "camera.jpg", noise(20, 30), exif=exif, icc_profile=profile)
+    save(folder / "none.png", noise(20, 30))
+    save(folder / "gray.jpg", Image.fromarray(noise(20, 30)[..., 0]), icc_profile=profile, exif=b"Exif\0\0nothing")
+    assert run(folder, *["--photo"] * photo) == 0
+    with Image.open(tmp_path / "out" / "camera.png") as result:
+        assert result.size == (80, 120) and result.info["icc_profile"] == profile and is_result(Path(result.filename))
+        assert dict(result.getexif()).keys() == {ExifTags.Base.DateTime, ExifTags.Base.ExifOffset}
+        assert result.getexif().get_ifd(ExifTags.Base.ExifOffset) == {
+            ExifTags.Base.DateTimeOriginal: "2019:01:01 00:00:00"}
+    for name in ("none", "gray"):
+        with Image.open(tmp_path / "out" / f"{name}.png") as result:
+            assert result.size == (120, 80) and not result.getexif() and "icc_profile" not in result.info
 
 
 def test_the_command_is_the_function(run, tmp_path, tiny_checkpoint):

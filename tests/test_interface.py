@@ -106,12 +106,12 @@ def upscale(client, path, strength=1.0, shrink=False, added=False, whole=False, 
     """Call the Upscale tab: a namespace of pictures (None where there is none) and the line of text."""
     path = path and handle_file(path)
     *outputs, eightfold, invent, line = client.predict(path, strength, shrink, added, whole, scale, api_name="/upscale")
-    gallery = outputs.pop(5).get("value") or []
+    gallery = outputs.pop(4).get("value") or []
     faces = [(np.array(Image.open(face["image"])), face["caption"]) for face in gallery]
     files = [part["value"] if isinstance(part, dict) and "value" in part else part for part in outputs]
     pair, *files = [None if isinstance(part, dict) else part for part in files]
     pictures = [path and np.array(Image.open(path)) for path in (*(pair or (None, None)), *files)]
-    names = ("bicubic", "ours", "lr", "truth", "invented", "numbers", "download")
+    names = ("bicubic", "ours", "lr", "truth", "invented", "download")
     controls = [update.get("interactive") for update in (eightfold, invent)]
     return SimpleNamespace(line=line, faces=faces, controls=controls, **dict(zip(names, pictures)))
 
@@ -174,11 +174,12 @@ def test_a_photograph_is_searched_for_faces(app, client, tmp_path):
     assert "1 face, 1 restored" in result.line and result.controls == [False, False]
     assert np.array_equal(result.download, command(app, tmp_path / "out", path, "--photo"))
     assert [caption.split(":")[0] for _, caption in result.faces] == ["1"]
-    assert result.faces[0][0].shape == (256, 512, 3) and "restored" in result.faces[0][1] and result.numbers is None
+    assert result.faces[0][0].shape == (256, 512, 3) and "restored" in result.faces[0][1]
     Image.fromarray(np.hstack([small, small])).save(tmp_path / "two.png")
     result = upscale(client, tmp_path / "two.png")
-    drawn = (result.numbers != np.hstack([small, small])).any(2)     # frames and numbers, around both
-    assert len(result.faces) == 2 and drawn[:, :72].any() and drawn[:, 72:].any() and drawn.mean() < 0.5
+    [(overview, title), *faces] = result.faces
+    drawn = (overview != np.hstack([small, small])).any(2)      # frames and numbers, around both
+    assert title == "which is which" and len(faces) == 2 and drawn[:, :72].any() and drawn[:, 72:].any() and drawn.mean() < 0.5
     one = upscale(client, path, whole=True)
     assert np.array_equal(one.download, command(app, tmp_path / "out", path)) and one.faces == []
     large = Image.fromarray(face).resize((2100, 2100))
@@ -392,19 +393,25 @@ def test_a_face_is_pointed_at_and_cut_out_by_hand(app, page, tmp_path):
         if picture.get_attribute("src") != first:
             break
         page.wait_for_timeout(100)
-    page.get_by_text("Restore it in the photograph").click()
+    page.get_by_text("Restore this face").click()
     page.get_by_text("1 face, 1 restored").wait_for()
     page.get_by_text("1: 18 px, restored").wait_for()
-    page.get_by_text("Take it back").click()
-    page.get_by_text("no face found").wait_for()
-    page.get_by_text("Take this part alone").click()
+    page.get_by_text("Leave it as it is").click()
+    page.get_by_text("1 face, 0 restored, 1 left as is (as asked)").wait_for()
+    for text in ("1 face, 1 restored", "no face found"):
+        page.get_by_text("Undo", exact=True).click()
+        page.get_by_text(text).wait_for()
+    page.get_by_text("Take it alone").click()
     page.get_by_text("18 x 18 → 144 x 144 pixels; in").wait_for()  # so small that 8x is chosen
     assert page.get_by_label("Treat it as one face").is_checked()
-    picture.wait_for(state="hidden")  # it showed another picture
-    [cut] = [path for path in (app.folder / "tmp").rglob("image.png") if Image.open(path).size == (18, 18)]
-    cut, wall = read_image(cut)[0], read_image(wall)[0]
-    places = [(x, y) for y in range(53) for x in range(73) if np.array_equal(wall[y:y + 18, x:x + 18], cut)]
+    cuts = [path for path in (app.folder / "tmp").rglob("image.png") if Image.open(path).size == (18, 18)]
+    cuts, wall = [read_image(cut)[0] for cut in cuts], read_image(wall)[0]      # one of them with a frame
+    places = [(x, y) for y in range(53) for x in range(73) if any(
+        np.array_equal(wall[y:y + 18, x:x + 18], cut) for cut in cuts)]
     assert len(places) == 1 and np.abs(np.subtract(places[0], (63, 12))).max() <= 2, places
+    page.get_by_text("Back to the photograph").click()
+    page.get_by_text("no face found").wait_for()
+    assert not page.get_by_label("Treat it as one face").is_checked()
 
 
 def test_ten_ratings_by_keyboard(app, page):

@@ -204,7 +204,7 @@ def test_a_face_that_somebody_points_at_is_restored_too(portraits, generator):
     better = data_loader.Face(x + 3, y - 2, 44, 0, 1)
 
     def faces(*marked):
-        picture = Picture("", None, photo, marked=list(marked))
+        picture = Picture("", None, photo, marked=[(face, "restored") for face in marked])
         [(_, sr)] = restore_photos(generator, [picture], 16, 4, "bicubic")
         return sr, [patch.face for patch in picture.patches]
 
@@ -216,6 +216,14 @@ def test_a_face_that_somebody_points_at_is_restored_too(portraits, generator):
     restored = upscale(generator, [photo[15:45, 85:115]])[0]
     middle = np.s_[40:-40, 40:-40]
     assert np.array_equal(also[60:180, 340:460][middle], restored[middle])
+    sharp, [(x, y, side, _)] = compose(portraits, [("hopper", 130, 0, 20, 20)], 240, 220)
+    for wish, action, size in ((None, "sharp", 130), ("restored", "restored", 96), ("kept", "kept", 130)):
+        marked = [(data_loader.Face(x, y, side, 0, 1), wish)] if wish else []
+        picture = Picture("", None, sharp, marked=marked)
+        [(_, result)] = restore_photos(generator, [picture], 16, 2)
+        [patch] = picture.patches
+        assert patch.action == action and abs(patch.working_size - size) <= 8
+        assert np.array_equal(result, enlarge(sharp, 2)) == (action != "restored")
 
 
 def test_the_command_writes_the_picture_the_table_and_the_figure(portraits, tmp_path, capsys):
