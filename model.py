@@ -132,7 +132,7 @@ class Generator(nn.Module):
                 for i, layer in enumerate(list(module)):
                     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                         module[i - 1], module[i] = fuse_conv_bn_eval(module[i - 1], layer), nn.Identity()
-                    elif isinstance(layer, nn.PReLU):       # of one slope: LeakyReLU, which can work in place
+                    elif isinstance(layer, nn.PReLU) and layer.weight.numel() == 1:     # LeakyReLU can work in place
                         module[i] = nn.LeakyReLU(layer.weight.item(), inplace=True)
         return net.to(dtype, memory_format=torch.channels_last)
 
@@ -578,8 +578,10 @@ def load_checkpoint(path):
         with torch.device("meta"):
             generator = Generator(**architecture)
         expected = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in generator.state_dict().items()}
-        if {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in weights.items()} != expected:
-            raise ValueError
+        found = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in weights.items()}
+        if found != expected:
+            name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+            raise CheckpointError(f"{path}: does not fit the Generator of this code, first in {name[:80]!r}")
         # One small storage can pose as many large tensors.
         if len({tensor.data_ptr() for tensor in weights.values()}) < len(weights) or not all(
                 tensor.is_contiguous() for tensor in weights.values()):

@@ -1,4 +1,5 @@
 import errno
+import functools
 import os
 import zipfile
 
@@ -118,6 +119,24 @@ def test_shipped_weights_give_the_textbooks_picture(dtype, most, rare):
     levels = np.abs(upscale(generator.for_inference(dtype), pictures) - expected)
     assert levels.max() <= most
     assert (levels > (0 if dtype == torch.float32 else 1)).mean() < rare
+
+
+def test_a_changed_layer_is_named_and_runs_in_inference(monkeypatch):
+    """Slopes per channel stay PReLU; the shipped weights, which do not fit then, say where."""
+    plain = Generator.__init__
+
+    @functools.wraps(plain)
+    def changed(self, *arguments, **options):
+        plain(self, *arguments, **options)
+        self.head[1] = nn.PReLU(self.head[0].out_channels)
+        nn.init.uniform_(self.head[1].weight, -1, 1)
+
+    monkeypatch.setattr(Generator, "__init__", changed)
+    generator, lr = Generator(blocks=1, channels=8).eval(), torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert (generator.for_inference()(lr) - generator(lr)).abs().max() < 1e-5
+    with pytest.raises(CheckpointError, match="does not fit .*'head.1.weight'"):
+        load_checkpoint(CHECKPOINT)
 
 
 def test_for_inference_changes_nothing_but_speed():
