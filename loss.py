@@ -222,7 +222,8 @@ def plot_comparison(path, rows, note=""):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")      # a name in a script without font
         write_atomically(path, lambda file: figure.savefig(
-            file, format="png", dpi=110, metadata={"Software": MARK}, pil_kwargs={"compress_level": 3}))
+            file, format="png", dpi=110, metadata={"Software": MARK},
+            pil_kwargs={"compress_level": 1, "compress_type": 3}))      # run lengths: fast, and no larger
 
 
 def shortened(text, length):
