@@ -607,7 +607,7 @@ def build_app(workshop, study):
                 button.click(functools.partial(mark, wish), [photo, place, share, marks], marks, js=LOOK, **hidden)
             undo.click(lambda marks: marks[:-1], marks, marks, **hidden)
             back.click(lambda path: (path, False, gr.Button(visible=False)), origin, [photo, whole, back], **hidden)
-            cut.click(cut_out, [photo, place, share], [photo, whole, scale, origin, back], **hidden)
+            cut.click(cut_out, [photo, place, share], [photo, whole, scale, origin, back], js=LOOK, **hidden)
         with gr.Tab("Folder"):
             gr.Markdown(f"Up to {FILES} pictures at once: faces, and photographs of up to 16 megapixels.")
             files = gr.File(file_count="multiple", label="Pictures", height=180)
