@@ -3,8 +3,7 @@
 Faces are read once, kept as bytes on the training device, and cut, flipped and reduced there for every step:
 
     faces, val_faces = load_split((Path("thumbnails128x128"),), None, 100)      # (N, 3, 128, 128) uint8
-    batches = FaceBatches(faces, batch_size=16)
-    lr, hr = batches(step)                              # float in [0, 1]: (16, 3, 16, 16), (16, 3, 64, 64)
+    lr, hr = FaceBatches(faces, batch_size=16)(step)    # float in [0, 1]: (16, 3, 16, 16), (16, 3, 64, 64)
 
     python data_loader.py PHOTOS --output FACES         # cut faces to train on out of one's own photographs
 """
@@ -154,7 +153,10 @@ def remove_remains(folder):
 def write_png(path, picture, extras=()):
     """Write (H, W, 3 or 4) uint8, and more PNG chunks, (name, bytes), as a PNG that is marked as a result."""
     order = cv2.COLOR_RGB2BGR if picture.shape[2] == 3 else cv2.COLOR_RGBA2BGRA
-    data = cv2.imencode(".png", cv2.cvtColor(picture, order))[1]    # twice as fast as Pillow, but knows no text
+    try:
+        data = cv2.imencode(".png", cv2.cvtColor(picture, order))[1]    # twice as fast as Pillow, but knows no text
+    except cv2.error:
+        raise MemoryError from None     # nothing else can be wrong
 
     def write(file):
         file.write(data[:33])       # the signature and the header

@@ -40,7 +40,7 @@ from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, AtWork, Checkpoi
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 SHOWN = 12                  # pictures in the comparison figure
-RESULT_LIMIT = 400_000_000  # pixels of a result, of which each takes up to 8 bytes
+RESULT_LIMIT = 400_000_000  # pixels of a result, of which each takes some 8 bytes, of noise 13
 
 
 class UsageError(Exception):
