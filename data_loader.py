@@ -20,7 +20,7 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 
@@ -320,7 +320,8 @@ def sample_faces():
 # YuNet (Wu et al. 2023, MIT licence), from OpenCV's model zoo.
 DETECTOR = Path(__file__).resolve().parent / "checkpoints" / "face_detection_yunet_2023mar.onnx"
 DETECTION_SIDES = (320, 640, 1280, 2560)    # the longest side, in pixels, at which a photograph is shown to it
-DETECTION_SCORE = 0.8                       # below, hands and coffee cups become faces
+PROPOSAL_SCORE, DETECTION_SCORE = 0.5, 0.8  # at first sight; looked at again: below, coffee cups become faces
+CLOSE = 128                                 # pixels a side of that second look
 SHARP, MIRRORED = 80, 0.12                  # of a face to train on: least working size, most of its side outside
 
 
@@ -345,12 +346,12 @@ def find_faces(picture):
     """Find the faces in an (H, W, 3) uint8 photograph, of any size and turn: a list of Face, row by row.
 
     The detector sees the photograph at several sizes, since it misses a close-up that is large and a face that is
-    small, and turned by quarters. Raises DataError where the detector's file is missing.
+    small, and turned by quarters; what might be a face is looked at again. Raises DataError where its file is missing.
     """
     if not DETECTOR.is_file():
         raise DataError(f"{DETECTOR}: the face detector is missing; it comes with the repository")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)    # OpenCV 5 warns about every network
-    detector = cv2.FaceDetectorYN.create(str(DETECTOR), "", (320, 320), DETECTION_SCORE)
+    detector = cv2.FaceDetectorYN.create(str(DETECTOR), "", (320, 320), PROPOSAL_SCORE)
     (height, width), found = picture.shape[:2], []
     for side in DETECTION_SIDES:
         factor = side / max(height, width)
@@ -359,39 +360,63 @@ def find_faces(picture):
         size = [max(1, round(length * factor)) for length in (width, height)]
         view = cv2.resize(picture[..., ::-1], size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
         for quarters in range(4):
-            turned = np.ascontiguousarray(np.rot90(view, quarters))
-            detector.setInputSize(turned.shape[1::-1])
-            for row in () if (rows := detector.detect(turned)[1]) is None else rows:
-                # Turn the five points back, as complex numbers around the centre.
-                points = row[4:14:2] + 1j * row[5:14:2] - complex(turned.shape[1], turned.shape[0]) / 2
-                face = _frame(points * 1j ** quarters / factor + complex(width, height) / 2, float(row[14]))
+            # Turned about its centre; complex numbers turn the points back.
+            for points, score in _detect(detector, np.rot90(view, quarters)):
+                face = _frame(points * 1j ** quarters / factor + complex(width, height) / 2, score)
                 # A head that lies in a view is easily seen wrong: the points of the others are better.
                 tilt = abs((face.angle - 90 * quarters + 180) % 360 - 180)
-                found.append((face.score - tilt / 720, face))
-    groups = []             # the same face is seen several times
-    for _, face in sorted(found, key=lambda pair: -pair[0]):
-        for group in groups:
-            opposed = np.cos(np.radians(face.angle - group[0].angle)) < 0     # upside down, its centre is the chin
-            if np.hypot(face.x - group[0].x, face.y - group[0].y) < (0.2 + 0.1 * opposed) * (face.size + group[0].size):
-                group.append(face)
-                break
-        else:
-            groups.append([face])
+                found.append((score - tilt / 720, face, view, factor))
+    proposed, faces = [], []            # the same face is seen several times
+    for _, face, view, factor in sorted(found, key=lambda proposal: -proposal[0]):
+        if not any(_same(face, other) for other in proposed):
+            proposed.append(face)
+            seen = _look_again(detector, face, view, factor)
+            sure = seen.score > 0.7 and max(face.score, seen.score) > DETECTION_SCORE
+            if sure and not any(_same(seen, other) for other in faces):
+                faces.append(seen)
     rows = []       # from above; in one are all that lie less than half a face below its first
-    for face in sorted(map(_best, groups), key=lambda face: face.y):
+    for face in sorted(faces, key=lambda face: face.y):
         if not rows or face.y - rows[-1][0].y > face.size / 2:
             rows.append([])
         rows[-1].append(face)
     return [face for row in rows for face in sorted(row, key=lambda face: face.x)]
 
 
-def _best(faces):
-    """Choose among views of one face, best first. Many see it upside down, with lower scores: the first of those counts
-    that agree, within 90 degrees, with the turn that has most support."""
-    turns = np.exp(1j * np.radians([face.angle for face in faces]))
-    agreement = (turns[:, None] * turns.conj()).real
-    support = agreement.clip(0) @ np.square([face.score - DETECTION_SCORE for face in faces])
-    return faces[(agreement[support.argmax()] > 0).argmax()]
+def _detect(detector, view):
+    """List faces of an (H, W, 3) uint8 BGR view: (five points, as complex numbers from its centre; score)."""
+    detector.setInputSize(view.shape[1::-1])
+    rows, centre = detector.detect(np.ascontiguousarray(view))[1], complex(*view.shape[1::-1]) / 2
+    return [(row[4:14:2] + 1j * row[5:14:2] - centre, float(row[14])) for row in (() if rows is None else rows)]
+
+
+def _same(face, other):
+    """Tell whether two views are of the same face: upside down, its centre is the chin."""
+    opposed = np.cos(np.radians(face.angle - other.angle)) < 0
+    return np.hypot(face.x - other.x, face.y - other.y) < (0.2 + 0.1 * opposed) * (face.size + other.size)
+
+
+def _look_again(detector, face, view, factor):
+    """Look at a proposed Face closely, in twelve turns, out of the BGR view, `factor` times the photograph, in which it
+    was seen. The detector sees every face as upright as it can, but is the surer the more upright it is: where that
+    speaks against the proposal, the turn that is most upright counts. The score is the highest, 0.5 where none is."""
+    place, zoom = np.array([face.x, face.y]) * factor, CLOSE / 2 / (face.size * factor)
+    views, scores = {}, np.full(12, PROPOSAL_SCORE)
+    for turn in range(12):
+        matrix = cv2.getRotationMatrix2D(place - 0.5, 30 * turn, zoom)
+        matrix[:, 2] += CLOSE / 2 - place
+        close = cv2.warpAffine(view, matrix, (CLOSE, CLOSE), borderMode=cv2.BORDER_REPLICATE)
+        for points, score in _detect(detector, close):
+            points = points * np.exp(1j * np.pi / 6 * turn) / (zoom * factor) + complex(face.x, face.y)
+            seen = _frame(points, score)
+            if score > scores[turn] and _same(seen, face) and 0.6 < seen.size / face.size < 1.6:
+                views[turn], scores[turn] = seen, score
+    around = np.stack([np.roll(scores, 1), scores, np.roll(scores, -1)])
+    turn = int((around.T @ [1, 2, 1]).argmax())
+    weights = np.square(around[:, turn] - PROPOSAL_SCORE)
+    angle = 30 * (turn + (weights[2] - weights[0]) / max(weights.sum(), 1e-9))
+    if turn not in views or np.cos(np.radians(angle - face.angle)) > 0.97:
+        return replace(face, score=float(scores.max()))
+    return replace(views[turn], angle=float((angle + 180) % 360 - 180), score=float(scores.max()))
 
 
 def _frame(points, score):
@@ -399,10 +424,9 @@ def _frame(points, score):
     arXiv:1710.10196, appendix C); 0.97, since the detector's points lie a little further apart than the landmarks
     there: FFHQ's own frames of 32 to 160 pixels come out 1.01 times as large, with a deviation of 0.07."""
     across, down = points[1] - points[0], (points[3] + points[4]) / 2 - (points[0] + points[1]) / 2
-    direction = across - 1j * down
-    side = 0.97 * 2 * max(2 * abs(across), 1.8 * abs(down))
+    side, angle = 0.97 * 2 * max(2 * abs(across), 1.8 * abs(down)), np.degrees(np.angle(across - 1j * down))
     centre = (points[0] + points[1]) / 2 + 0.1 * down
-    return Face(float(centre.real), float(centre.imag), float(side), float(np.degrees(np.angle(direction))), score)
+    return Face(float(centre.real), float(centre.imag), float(side), float(angle), score)
 
 
 def working_size(square):
@@ -663,8 +687,8 @@ class FaceBatches:
         device: where batches are made; default: where the faces are.
     """
 
-    def __init__(self, faces, batch_size=16, patch_size=64, scale=4, degradation="mixed",
-                 seed=0, rank=0, world=1, device=None):
+    def __init__(self, faces, batch_size=16, patch_size=64, scale=4, degradation="mixed", seed=0, rank=0, world=1,
+                 device=None):
         self.faces, self.batch_size, self.patch_size, self.scale = faces, batch_size, patch_size, scale
         self.degradation, self.seed, self.rank, self.world = degradation, seed, rank, world
         self.device = device or faces.device
@@ -711,33 +735,6 @@ class FaceBatches:
         else:
             lr = downscale(hr, self.scale)
         return lr, hr
-
-
-class Prefetch:
-    """Makes the batch of the next step on a thread, on CUDA in a stream of its own, while the current
-    one is used. Called like the `batches` it wraps, with rising steps; returns channels-last tensors."""
-
-    def __init__(self, batches):
-        self.batches, self.next = batches, (None, None)
-        self.pool = ThreadPoolExecutor(1)
-        # Of high priority: its few small kernels go between the training's many.
-        self.stream = torch.cuda.Stream(batches.device, priority=-1) if batches.device.type == "cuda" else None
-
-    def _make(self, step):
-        with torch.cuda.stream(self.stream):        # None: does nothing
-            batch = [part.contiguous(memory_format=torch.channels_last) for part in self.batches(step)]
-            return batch, self.stream and self.stream.record_event()
-
-    def __call__(self, step):
-        planned, future = self.next
-        batch, made = (future if planned == step else self.pool.submit(self._make, step)).result()
-        self.next = step + 1, self.pool.submit(self._make, step + 1)
-        if made:
-            current = torch.cuda.current_stream(self.batches.device)
-            current.wait_event(made)
-            for part in batch:      # its memory is not to be used again before `current` is done with it
-                part.record_stream(current)
-        return batch
 
 
 if __name__ == "__main__":

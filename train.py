@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -32,8 +33,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data_loader import (FACE_SIZE, DataError, FaceBatches, Prefetch, load_split, simulate, to_tensor,
-                         write_atomically)
+from data_loader import FACE_SIZE, DataError, FaceBatches, load_split, simulate, to_tensor, write_atomically
 from loss import (VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, compare, discriminator_loss, plot_comparison,
                   shifted, vgg_distance)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Discriminator, Generator,
@@ -170,6 +170,33 @@ def set_aside(path):
                     if not (name := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists())
         path.rename(free)
         print(f"{path} of an earlier training is kept as {free.name}")
+
+
+class Prefetch:
+    """Makes the batch of the next step on a thread, on CUDA in a stream of its own, while the current
+    one is used. Called like the `batches` it wraps, with rising steps; returns channels-last tensors."""
+
+    def __init__(self, batches):
+        self.batches, self.next = batches, (None, None)
+        self.pool = ThreadPoolExecutor(1)
+        # Of high priority: its few small kernels go between the training's many.
+        self.stream = torch.cuda.Stream(batches.device, priority=-1) if batches.device.type == "cuda" else None
+
+    def _make(self, step):
+        with torch.cuda.stream(self.stream):        # None: does nothing
+            batch = [part.contiguous(memory_format=torch.channels_last) for part in self.batches(step)]
+            return batch, self.stream and self.stream.record_event()
+
+    def __call__(self, step):
+        planned, future = self.next
+        batch, made = (future if planned == step else self.pool.submit(self._make, step)).result()
+        self.next = step + 1, self.pool.submit(self._make, step + 1)
+        if made:
+            current = torch.cuda.current_stream(self.batches.device)
+            current.wait_event(made)
+            for part in batch:      # its memory is not to be used again before `current` is done with it
+                part.record_stream(current)
+        return batch
 
 
 class Stage:

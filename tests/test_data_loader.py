@@ -17,7 +17,6 @@ from data_loader import (
     KERNELS,
     DataError,
     FaceBatches,
-    Prefetch,
     degrade,
     downscale,
     find_images,
@@ -31,7 +30,7 @@ from data_loader import (
     to_tensor,
     to_uint8,
 )
-from train import draw_faces, place_faces
+from train import Prefetch, draw_faces, place_faces
 
 
 def write(path, picture, **options):
