@@ -4,8 +4,7 @@
     python inference.py FOLDER photo.png                 # upscale files and folders into results/
     python inference.py FACES --scale 8                  # eight times, for faces of some 16 pixels
     python inference.py party.jpg --photo                # find the faces in photographs and restore them
-    python inference.py LR_FOLDER --hr HR_FOLDER         # and score against the ground truth
-    python inference.py HR_FOLDER --simulate             # reduce the pictures first, then the same
+    python inference.py HR_FOLDER --simulate             # reduce the pictures first, then score the results
     python inference.py --ui                             # all that in a browser
     python inference.py --ui --study HR_FOLDER           # with a blind study: people rate pictures
     python inference.py --study-report results/ratings.csv
@@ -32,8 +31,8 @@ from tqdm import tqdm
 from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_output, enlarge, find_images,
                          find_inputs, open_image, printable, read_image, sample_faces, simulate,
                          write_csv, write_png)
-from loss import (STUDY_ABSENT, Study, aimed, build_study, captioned_pairs, compare, fit, numbered, photo_rows,
-                  photo_table, plot_comparison, report, report_study)
+from loss import (STUDY_ABSENT, Study, aimed, build_study, captioned_pairs, compare, fit, photo_rows, photo_table,
+                  plot_comparison, pointed, report, report_study)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, AtWork, CheckpointError, DeviceError, Picture,
                    added_detail, enlargement, load_generator, locked, photo_sentence, read_extras, restore_photos,
                    select_device, siblings, upscale, upscale_pictures, write_result, write_results)
@@ -175,8 +174,7 @@ def main(args):
 
 # The interface ----------------------------------------------------------------------------------
 
-ENLARGED = 16_000_000       # pixels of what the network gives; more would take minutes on a CPU
-PHOTO_LIMIT = 16_000_000    # pixels of a photograph, of which only the faces do
+PIXELS = 16_000_000         # of what the network gives, or of a photograph: more would take minutes on a CPU
 FACE_AT_MOST = 64           # pixels a side: what is larger is a photograph
 SHARP_FROM = 80             # pixels a side: what is smaller is not shrunk
 SCREEN = 2048               # pixels a side of what the slider shows
@@ -189,11 +187,11 @@ Give a small picture of a face, see it large and sharp; or a photograph, whose f
 added is invented**: one of many faces that fit, no evidence of who somebody is. Never identify anyone by it."""
 EXAMPLE = "An example: an astronaut from {0} x {0} pixels. Give a picture of your own to see it here instead."
 DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
+CLICK = "Click a face in the picture first."
 WORDS = """
 - **Blurry enlargement**: the ordinary way to enlarge a picture (bicubic). It invents nothing.
 - **Strength**: 0 is the faithful network (SRResNet): soft, closest to the truth on average. 1 is the vivid one
   (SRGAN): sharp, because it invents what faces usually look like. Between them, the two are mixed.
-- **Shrink it first**: makes a sharp picture small, then enlarges it: the result can be held against the truth.
 - **PSNR** (in decibels) and **SSIM** (1 at most): how near a result is to the truth; more is nearer. Sharp results
   often score lower than soft ones: people have to look, too."""
 LOOK = "(...args) => (innerWidth > 700 || document.querySelector('#compare').scrollIntoView(), args)"
@@ -274,9 +272,8 @@ def only_this_host(app):
     """Wrap an ASGI app: the browser refuses every request of its pages to another host."""
     async def wrapped(scope, receive, send):
         def with_policy(message):
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY)]
-            return send(message)
+            headers = [*message.get("headers", ()), (b"content-security-policy", POLICY)]
+            return send(message | {"headers": headers} if message["type"] == "http.response.start" else message)
         await app(scope, receive, with_policy)
     return wrapped
 
@@ -331,8 +328,7 @@ class Workshop:
 
     def cancel(self, page):
         """Give up what a page waits for; return whether that is anything."""
-        job = self.jobs.pop(page, None)
-        if job:
+        if job := self.jobs.pop(page, None):
             job.gone = True
         return job is not None
 
@@ -366,7 +362,7 @@ class Workshop:
             raise DataError("This picture was not uploaded here")
         if not path.is_file():
             raise DataError(f"{path.name} has been deleted by now, as promised below; please give it again")
-        limit = ENLARGED if shrink else ENLARGED // scale ** 2 if whole else PHOTO_LIMIT
+        limit = PIXELS // scale ** 2 if whole and not shrink else PIXELS
         try:
             with open_image(path) as image:
                 width, height = image.size
@@ -383,14 +379,13 @@ class Workshop:
         return Picture(path.stem, output, lr, alpha, hr, extras=read_extras(path))
 
     def enlarge(self, job, path, strength, shrink, added, whole, scale, marked=()):
-        """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, no
-        larger than a screen), the pictures LR and truth (after shrinking) and what was invented, or None, the
-        photograph with its faces' numbers and their pairs, with captions, and one line on what was done."""
+        """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, no larger
+        than a screen), LR, truth and what was invented, or None, a photograph's faces, their pairs with captions, and
+        one line on what was done."""
         started, folder = time.monotonic(), Path(tempfile.mkdtemp(dir=self.folder))
         if scale not in self.files:
             raise UsageError(f"Enlargement is one of {', '.join(map(str, sorted(self.files)))}")
-        picture = self.read(path, folder / f"{path.stem}_x{scale}.png", scale, shrink, whole)
-        picture.marked = marked
+        picture = replace(self.read(path, folder / f"{path.stem}_x{scale}.png", scale, shrink, whole), marked=marked)
         photo = not whole and not shrink and bool(max(picture.lr.shape) > FACE_AT_MOST or marked)
         sr = self.restore(job, picture, strength, photo, scale)
         factor = len(sr) // len(picture.lr)
@@ -410,18 +405,18 @@ class Workshop:
         (height, width), (large_height, large_width) = picture.lr.shape[:2], sr.shape[:2]
         line = f"{width} x {height} → {large_width} x {large_height} pixels"
         if photo:
-            unchanged = "; nothing was changed" if factor == 1 else "; only enlarged"
-            line += f"; {photo_sentence(picture.patches)}" + unchanged * (not restored)
+            line += f"; {photo_sentence(picture.patches)}"
+            line += "" if restored else "; nothing was changed" if factor == 1 else "; only enlarged"
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
         if not photo and factor != (suited := self.suited(picture.lr)):
             line += f"; for a face of this size, try {suited}x"
         if scores:
             line += ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), "
                      "SSIM {ssim:.3f} (bicubic {ssim_bicubic:.3f})").format(**scores)
-        faces = captioned_pairs(picture, sr)
-        faces[:0] = [(fit(numbered(picture), 1024), "which is which")] * (len(faces) > 1)
-        return SimpleNamespace(file=str(picture.output), pair=(str(pair[1]), str(pair[0])), hr=picture.hr, photo=photo,
-                               lr=None if picture.hr is None else picture.lr, invented=invented, faces=faces, line=line)
+        return SimpleNamespace(
+            file=str(picture.output), pair=(str(pair[1]), str(pair[0])), hr=picture.hr, photo=photo, invented=invented,
+            lr=None if picture.hr is None else picture.lr, faces=captioned_pairs(picture, sr), line=line,
+            found={str(path): [patch.face for patch in picture.patches]})
 
     def enlarge_all(self, job, paths, strength, scale):
         """Upscale many uploads, photographs with their faces, a face by `scale` or, if that is 0, as its size asks:
@@ -441,7 +436,7 @@ class Workshop:
                     pack.write(picture.output, picture.output.name)
                     pair = np.hstack([enlarge(picture.lr, len(sr) // len(picture.lr)), sr])
                     write_png(picture.output, fit(pair, 1024))      # the gallery shows no more
-                    pairs += [(str(picture.output), path.name), *captioned_pairs(picture, sr, path.name + ", ")]
+                    pairs += [(str(picture.output), path.name), *captioned_pairs(picture, sr, path.name)]
                     faces += photo_table(picture)
                     notes += [f"{path.name}: {photo_sentence(picture.patches)}"] * photo
                 except (DataError, OSError) as error:
@@ -460,15 +455,12 @@ def build_app(workshop, study):
     gr.Image.preprocess = lambda self, payload: payload and payload.path
 
     async def upscale_one(photo, strength, shrink, added, whole, scale, marks, request: gr.Request):
-        path = Path(photo or examples.get(scale, ""))
-        marked = [mark for picture, *mark in marks if picture == photo]
-        settings = path, strength, shrink, added, whole, scale, marked
+        path, marked = Path(photo or examples.get(scale, "")), [mark for where, *mark in marks if where == photo]
         try:
-            async for result in workshop.work(request, workshop.enlarge, *settings):
-                if isinstance(result, str):
-                    yield {status: result, cancel: gr.Button(interactive=True)}
-                elif result is None:        # cancelled
-                    yield {cancel: gr.Button(interactive=False)}
+            async for result in workshop.work(
+                    request, workshop.enlarge, path, strength, shrink, added, whole, scale, marked):
+                if result is None or isinstance(result, str):       # cancelled, or at work
+                    yield {cancel: gr.Button(interactive=bool(result))} | ({status: result} if result else {})
                 else:
                     yield shown(result) | ({} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
         except (UsageError, DataError, CheckpointError, OSError, MemoryError) as error:
@@ -478,10 +470,10 @@ def build_app(workshop, study):
     def shown(result):
         """What the page shows of a result of Workshop.enlarge, or of None."""
         absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
-        result = result or SimpleNamespace(**absent, faces=[], line="")
+        result = result or SimpleNamespace(**absent, faces=[], found={}, line="")
         pictures = {pixels: result.lr, truth: result.hr, invented: result.invented}
         return {box: gr.Image(picture, visible=picture is not None) for box, picture in pictures.items()} | {
-                slider: result.pair, status: result.line,
+                slider: result.pair, status: result.line, found: result.found,
                 added: gr.Checkbox(interactive=workshop.has_knob and not result.photo),
                 scale: gr.Radio(interactive=not result.photo),
                 faces: gr.Gallery(result.faces, visible=bool(result.faces)),
@@ -491,26 +483,36 @@ def build_app(workshop, study):
     def stop(request: gr.Request):
         return "Cancelled." if workshop.cancel(request.session_hash) else gr.skip()
 
-    def look(file):
-        """Say so when a result has been deleted."""
+    def notice_deletion(file):
         gone = file and not Path(file).exists()
         return (DELETED, gr.DownloadButton(interactive=False), gr.Timer(active=False)) if gone else gr.skip()
 
-    def aim(path, place, share):
+    def opened(path):
         with contextlib.suppress(DataError):
-            return aimed(workshop.read(Path(path or ""), None, 1, whole=False).lr, place, share)
-        return None, None, None
+            return workshop.read(Path(path or ""), None, 1, whole=False).lr
 
-    def move_frame(path, share, event: gr.SelectData):
-        return event.index, aim(path, event.index, share)[0]
+    def draw(path, face, found):
+        return None if (picture := opened(path)) is None else aimed(picture, face, found.get(path, []))
 
-    def mark(wish, path, place, share, marks):
-        return [*marks, (path, face, wish)] if (face := aim(path, place, share)[1]) else marks
+    def aim(path, share, found, event: gr.SelectData):
+        if (picture := opened(path)) is not None:
+            face = pointed(picture, event.index, share, found.get(path, []))
+            return face, round(min(1, face.size / min(picture.shape[:2])), 3)
+        return gr.skip(), gr.skip()
 
-    def cut_out(path, place, share):
-        _, _, part = aim(path, place, share)
-        return gr.skip() if part is None else {photo: part, whole: True, scale: workshop.suited(part), origin: path,
-                                               back: gr.Button(visible=True)}
+    def set_size(path, face, share):
+        known = face and (picture := opened(path)) is not None
+        return replace(face, size=share * min(picture.shape[:2])) if known else face
+
+    def mark(wish, path, face, marks):
+        return [*marks, (path, face, wish)] if face else gr.Info(CLICK) or marks
+
+    def cut_out(path, face):
+        if not face or (picture := opened(path)) is None:
+            return gr.Info(CLICK) or gr.skip()
+        top, left, side = face.square(*picture.shape[:2])
+        part = picture[top:top + side, left:left + side]
+        return {photo: part, whole: True, scale: workshop.suited(part), origin: path, back: gr.Button(visible=True)}
 
     async def enlarge_all(files, strength, scale, request: gr.Request):
         if not files or len(files) > FILES:
@@ -570,8 +572,7 @@ def build_app(workshop, study):
                                    format="png", interactive=False, buttons=[], visible=False, elem_id="faces")
                 with gr.Row(elem_id="more"):
                     pixels = small(label="The small picture", elem_classes=["below", "pixels"])
-                    truth = small(label="The truth")
-                    invented = small(label="What was invented")
+                    truth, invented = small(label="The truth"), small(label="What was invented")
             with gr.Column(elem_id="knobs"):
                 scale, strength = make_choice(), make_knob()
                 shrink = gr.Checkbox(label="This is already sharp: shrink it first",
@@ -581,33 +582,35 @@ def build_app(workshop, study):
                 whole = gr.Checkbox(label="Treat it as one face", info="Else a large picture is searched for faces.")
                 gr.Examples(samples, [photo, shrink, scale], label="Or try one of these", example_labels=titles)
                 with gr.Accordion("Missed a face, or one too many? Point at it", open=False):
-                    gr.Markdown("Click the middle of the face, then set the frame around the whole head.")
+                    gr.Markdown("Click a face, found or not; if need be, set its frame around the whole head.")
                     view = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"],
                                     elem_id="scissors")
-                    place, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
+                    target, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
                     with gr.Row():
-                        point, leave, undo, cut = map(gr.Button, ("Restore this face", "Leave it as it is", "Undo",
+                        point, leave, undo, cut = map(gr.Button, ("Restore it", "Leave it as it is", "Undo",
                                                                   "Take it alone"))
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
-            marks, origin, made, clock = gr.State([]), gr.State(), gr.State(), gr.Timer(20, active=False)
-            outputs = [slider, pixels, truth, invented, faces, download, cancel, clock, made, scale, added, status]
+            marks, found, origin, made = gr.State([]), gr.State({}), gr.State(), gr.State()
+            clock = gr.Timer(20, active=False)
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             gr.on([photo.change, strength.change, shrink.input, added.input, whole.change, scale.input, marks.change],
-                  upscale_one, [photo, strength, shrink, added, whole, scale, marks], outputs, trigger_mode="multiple",
-                  api_name="upscale", **at_once)
+                  upscale_one, [photo, strength, shrink, added, whole, scale, marks],
+                  [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, added, status],
+                  trigger_mode="multiple", api_name="upscale", **at_once)
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             hidden = dict(api_visibility="private", **at_once)
-            photo.change(lambda path, share: (None, aim(path, None, share)[0]), [photo, share], [place, view], **hidden)
-            clock.tick(look, made, [status, download, clock], **hidden)
-            view.select(move_frame, [photo, share], [place, view], **hidden)
-            share.input(lambda *place: aim(*place)[0], [photo, place, share], view, **hidden)
+            clock.tick(notice_deletion, made, [status, download, clock], **hidden)
+            photo.change(lambda: None, None, target, **hidden)
+            gr.on([photo.change, target.change, found.change], draw, [photo, target, found], view, **hidden)
+            view.select(aim, [photo, share, found], [target, share], **hidden)
+            share.input(set_size, [photo, target, share], target, **hidden)
             for button, wish in ((point, "restored"), (leave, "kept")):
-                button.click(functools.partial(mark, wish), [photo, place, share, marks], marks, js=LOOK, **hidden)
+                button.click(functools.partial(mark, wish), [photo, target, marks], marks, js=LOOK, **hidden)
             undo.click(lambda marks: marks[:-1], marks, marks, **hidden)
             back.click(lambda path: (path, False, gr.Button(visible=False)), origin, [photo, whole, back], **hidden)
-            cut.click(cut_out, [photo, place, share], [photo, whole, scale, origin, back], js=LOOK, **hidden)
+            cut.click(cut_out, [photo, target], [photo, whole, scale, origin, back], js=LOOK, **hidden)
         with gr.Tab("Folder"):
             gr.Markdown(f"Up to {FILES} pictures at once: faces, and photographs of up to 16 megapixels.")
             files = gr.File(file_count="multiple", label="Pictures", height=180)
@@ -621,10 +624,7 @@ def build_app(workshop, study):
             go.click(enlarge_all, [files, same, times], [gallery, archive, report], api_name="folder", **at_once)
             end.click(stop, None, report, api_visibility="private", queue=False)
         with gr.Tab("Study"):
-            if study:
-                build_study(study, workshop.folder)
-            else:
-                gr.Markdown(STUDY_ABSENT)
+            build_study(study, workshop.folder) if study else gr.Markdown(STUDY_ABSENT)
         gr.Markdown(PRIVACY)
     return app.queue(default_concurrency_limit=1, max_size=256)
 

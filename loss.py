@@ -260,14 +260,17 @@ def compare(picture, sr, scale, added=None, kernel="bicubic"):
     return row, scores
 
 
-def frame(picture, top, left, side, text=""):
+AIMED = 1024                # pixels a side of a photograph in which faces are numbered or pointed at
+
+
+def frame(picture, top, left, side, text="", colour=(255, 220, 0)):
     """Draw a square frame, with a number, into a picture; return it."""
     line = max(1, max(picture.shape) // 400)
-    cv2.rectangle(picture, (left, top), (left + side, top + side), (255, 220, 0), line)
+    cv2.rectangle(picture, (left, top), (left + side, top + side), colour, line)
     size = max(picture.shape) / 500         # to be read where the whole picture is small
     place = (max(0, left), max(round(24 * size), top - 3 * line))
-    for colour, width in (((0, 0, 0), 4 * line), ((255, 220, 0), 2 * line)):
-        cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, colour, width, cv2.LINE_AA)
+    for ink, width in (((0, 0, 0), 4 * line), (colour, 2 * line)):
+        cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, ink, width, cv2.LINE_AA)
     return picture
 
 
@@ -285,17 +288,27 @@ def fit(picture, side):
     return cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA) if factor < 1 else picture
 
 
-def aimed(picture, place, share):
-    """Point at a part of an (H, W, 3) uint8 picture: (it, of at most 1024 pixels a side, with a frame around `place`,
-    (x, y) there, or around its middle; the Face in the frame, whose side is a share of the picture's shorter side;
-    the part in the frame)."""
-    shown = fit(picture, 1024).copy()
-    (height, width), factor = shown.shape[:2], len(picture) / len(shown)
-    x, y = place or (width / 2, height / 2)
-    face = Face(x * factor, y * factor, share * min(picture.shape[:2]), 0, 1)
-    top, left, side = face.square(*picture.shape[:2])
-    frame(shown, *(round(length / factor) for length in (top, left, side)))
-    return shown, face, picture[top:top + side, left:left + side]
+def aimed(picture, face, found=()):
+    """Show what is pointed at in an (H, W, 3) uint8 photograph: it, of at most AIMED pixels a side, with numbered
+    frames around the faces found and one of another colour around a Face, or None."""
+    shown = fit(picture, AIMED).copy()
+    factor = len(shown) / len(picture)
+    for number, other in enumerate(found, 1):
+        if other != face:
+            frame(shown, *(round(length * factor) for length in other.square(*picture.shape[:2])), str(number))
+    if face:
+        number = str(found.index(face) + 1) if face in found else ""
+        frame(shown, *(round(length * factor) for length in face.square(*picture.shape[:2])), number, (0, 255, 255))
+    return shown
+
+
+def pointed(picture, place, share, found):
+    """Say which Face is meant by a point, (x, y), in what `aimed` shows: a found one, if it lies in its frame, or a
+    frame around it, whose side is a share of the photograph's shorter side."""
+    x, y = np.array(place) * max(1, max(picture.shape) / AIMED)
+    near = [face for face in found if max(abs(face.x - x), abs(face.y - y)) < face.size / 2]
+    return min(near, key=lambda face: np.hypot(face.x - x, face.y - y),
+               default=Face(float(x), float(y), share * min(picture.shape[:2]), 0, 1))
 
 
 def face_pairs(picture, sr):
@@ -308,9 +321,12 @@ def face_pairs(picture, sr):
 
 
 def captioned_pairs(picture, sr, name=""):
-    """List a photograph's faces: (before and after side by side, (256, 512, 3) uint8, caption)."""
-    return [(np.hstack(pair), f"{shortened(name, 24)}{number}: {patch.side} px, {patch.action}")
-            for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
+    """List a photograph's faces: (before and after side by side, (256, 512, 3) uint8, caption); of several, the
+    photograph with their numbers comes first."""
+    name = name and f"{shortened(name, 24)}, "
+    pairs = [(np.hstack(pair), f"{name}{number}: {patch.side} px, {patch.action}")
+             for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
+    return [(fit(numbered(picture), AIMED), f"{name}which is which")] * (len(pairs) > 1) + pairs
 
 
 def photo_rows(picture, sr):

@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -299,7 +299,7 @@ def blockiness(photo):
 def find_patches(photo, factor, smallest=SMALLEST[4], marked=()):
     """Find the faces of an (H, W, 3) uint8 photograph and decide what to do with each, if the result is `factor`
     times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. What is
-    `marked`, (Face, "restored" or "kept"), comes last, and replaces what was found with its middle in that frame.
+    `marked`, (Face, "restored" or "kept"), replaces what was found with its middle in that frame, and keeps its turn.
 
     A face whose pixels hold what they can goes through the network as it is, a blurred one, or one that a JPEG has
     coarsened, is reduced first to what it shows; turned by more than 45 degrees, it is turned by quarters, which loses
@@ -307,8 +307,11 @@ def find_patches(photo, factor, smallest=SMALLEST[4], marked=()):
     """
     patches, faces = [], [(face, None) for face in find_faces(photo)]
     for face, wish in marked:
-        faces = [pair for pair in faces if max(abs(pair[0].x - face.x), abs(pair[0].y - face.y)) > face.size / 2]
-        faces.append((face, wish))
+        meant = [max(abs(other.x - face.x), abs(other.y - face.y)) < face.size / 2 for other, _ in faces]
+        place = (meant + [True]).index(True)
+        turn = faces[place][0].angle if any(meant) else 0
+        faces = [pair for pair, gone in zip(faces, meant) if not gone]
+        faces.insert(place, (replace(face, angle=turn), wish))
     most = CODED if blockiness(photo) > BLOCKS else DETAIL
     for face, wish in faces:
         top, left, side = face.square(*photo.shape[:2])

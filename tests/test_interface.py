@@ -393,7 +393,7 @@ def test_a_face_is_pointed_at_and_cut_out_by_hand(app, page, tmp_path):
         if picture.get_attribute("src") != first:
             break
         page.wait_for_timeout(100)
-    page.get_by_text("Restore this face").click()
+    page.get_by_text("Restore it").click()
     page.get_by_text("1 face, 1 restored").wait_for()
     page.get_by_text("1: 18 px, restored").wait_for()
     page.get_by_text("Leave it as it is").click()

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 
 import cv2
 import matplotlib.cbook
@@ -15,7 +16,7 @@ import data_loader
 import inference
 from data_loader import DataError, enlarge, find_faces, read_image, resize_square, working_size
 from inference import CHECKPOINT, Picture, restore_photos, upscale
-from loss import psnr
+from loss import aimed, pointed, psnr
 from model import blockiness, load_checkpoint
 
 GRAY = 110
@@ -211,6 +212,22 @@ def test_tiny_faces_go_through_the_network_for_eight_times(portraits, generator)
     assert np.array_equal(better[:, left:], sr[:, left:]) and not np.array_equal(better[:, :left], sr[:, :left])
 
 
+def test_a_click_means_the_face_that_was_found_there(portraits):
+    """In what the page shows, at most 1024 pixels wide: the nearest whose frame it is in, else a frame of its own."""
+    photo, truth = compose(portraits, [("hopper", 300, 0, 100, 200), ("astronaut", 240, 0, 900, 100)], 2048, 800)
+    found = find_faces(photo)
+    for face, (x, y, side, _) in zip(found, truth):
+        assert pointed(photo, (x / 2, y / 2), 0.25, found) is face
+        assert pointed(photo, ((x - 0.4 * side) / 2, (y + 0.4 * side) / 2), 0.25, found) is face
+        assert pointed(photo, (x / 2, (y + 0.6 * side) / 2), 0.25, found) not in found
+    own = pointed(photo, (600, 300), 0.25, found)
+    assert (own.x, own.y, own.size) == (1200, 600, 200)
+    plain, chosen = aimed(photo, None, found), aimed(photo, found[1], found)
+    assert plain.shape == chosen.shape == (400, 1024, 3)
+    changed = np.argwhere((plain != chosen).any(2))     # the other colour, around the one that is meant
+    assert np.abs(changed[:, ::-1] * 2 - (truth[1][0], truth[1][1])).max() < 0.75 * truth[1][2]
+
+
 def test_a_face_that_somebody_points_at_is_restored_too(portraits, generator):
     """Where the detector sees none; a frame set by hand replaces what lies in its middle, found or set before."""
     photo, [(x, y, side, _)] = compose(portraits, [("hopper", 40, 0, 20, 20)], 140, 100)
@@ -224,7 +241,9 @@ def test_a_face_that_somebody_points_at_is_restored_too(portraits, generator):
 
     sr, [found] = faces()
     also, both = faces(wall)
-    assert both == [found, wall] and faces(better)[1] == [better] and faces(wall, better)[1] == [wall, better]
+    better = replace(better, angle=found.angle)     # the frame is by hand, the turn the detector's, the number the same
+    assert both == [found, wall] and faces(replace(better, angle=0))[1] == [better]
+    assert faces(wall, better)[1] == [better, wall]
     assert faces(wall, data_loader.Face(90, 40, 50, 0, 1))[1][1:] == [data_loader.Face(90, 40, 50, 0, 1)]
     assert np.array_equal(also[:, :4 * 85], sr[:, :4 * 85])
     restored = upscale(generator, [photo[15:45, 85:115]])[0]
