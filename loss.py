@@ -190,8 +190,9 @@ def score(sr, hr):
 
 
 def plot_comparison(path, rows, note=""):
-    """Draw pictures side by side: a list of rows, each a list of cells (title, (H, W, 3) uint8, note) or None. More
-    than four rows stand beside each other; a title is written once above its column; `note` at the foot."""
+    """Draw pictures side by side: a list of rows, each a list of cells (title, (H, W, 3) uint8, note) or None, over
+    which the cell before it and that above it may extend. More than four rows stand beside each other; a title is
+    written once above its column; `note` at the foot."""
     from matplotlib.figure import Figure                # slow to import, not always needed
     columns = max(map(len, rows))
     whole = len(rows) <= 4 or any(row[:1] == [None] for row in rows)      # the rows of a photograph stay together
@@ -207,14 +208,17 @@ def plot_comparison(path, rows, note=""):
         top = line * (cell + caption) + 2 * caption
         for column, (title, picture, text) in ((i, part) for i, part in enumerate(row) if part):
             left = (block * columns + column) * (cell + gap) + block * 4 * gap
+            wide = cell + (cell + gap) * (row[column + 1:column + 2] == [None])
+            high = cell + (cell + caption) * (wide > cell and rows[number + 1:number + 2] != []
+                                              and rows[number + 1][column] is None)
             # Pixels of small pictures are shown, all others smooth.
-            factor = cell / max(picture.shape)
+            factor = min(wide / picture.shape[1], high / picture.shape[0])
             way = cv2.INTER_NEAREST if max(picture.shape) <= 64 else cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
             size = [max(1, round(side * factor)) for side in picture.shape[1::-1]]
             picture = cv2.resize(picture, size, interpolation=way)
             canvas[top:top + size[1], left:left + size[0]] = picture
-            x = (left + cell / 2) / width
-            figure.text(x, 1 - (top - 5) / height, shortened(text, cell // 8), fontsize=sizes[0], **font)
+            x = (left + wide / 2) / width
+            figure.text(x, 1 - (top - 5) / height, shortened(text, wide // 8), fontsize=sizes[0], **font)
             if not line:
                 figure.text(x, 1 - (top - caption) / height, title, fontsize=sizes[1], weight="bold", **font)
     figure.text(0.5, 5 / height, note, fontsize=8, **font)
@@ -336,7 +340,7 @@ def photo_rows(picture, sr):
     rows = [sum(faces[i:i + 2], []) for i in range(0, len(faces), 2)] or [[]]
     first = ("photograph", numbered(picture, 8), f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"
              + f", {len(faces)} of {len(picture.patches)} faces" * (len(faces) < len(picture.patches)))
-    return [[None if i else first, *row] for i, row in enumerate(rows)]
+    return [[None if i else first, None, *row] for i, row in enumerate(rows)]      # over two columns
 
 
 def photo_table(picture):
