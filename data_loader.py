@@ -40,6 +40,7 @@ MARK = "face-srgan"         # the PNG field "Software" of every result: results 
 # The tables of scores and of faces that inference.py writes.
 METRICS = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic",
            "psnr_y_bicubic", "ssim_y_bicubic", "lr_psnr")
+LPIPS = "lpips", "lpips_bicubic"        # columns more, if asked for
 FACES = ("image", "face", "x", "y", "size", "angle", "score", "working_size", "action")
 VAL_PERCENT = 5             # of a folder without a split of its own
 
@@ -178,7 +179,8 @@ def is_result(path):
     try:
         if path.suffix == ".csv":
             with open(path, "rb") as file:
-                return file.readline().rstrip() in [",".join(header).encode() for header in (METRICS, FACES)]
+                headers = METRICS, METRICS + LPIPS, FACES
+                return file.readline().rstrip() in [",".join(header).encode() for header in headers]
         with open_image(path) as image:
             return image.info.get("Software") == MARK
     except Exception:       # not a picture at all, so not ours; reading it will say why

@@ -7,7 +7,6 @@
     python inference.py HR_FOLDER --simulate             # reduce the pictures first, then score the results
     python inference.py --ui                             # all that in a browser
     python inference.py --ui --study HR_FOLDER           # with a blind study: people rate pictures
-    python inference.py --study-report results/ratings.csv
 """
 import argparse
 import contextlib
@@ -31,8 +30,8 @@ from tqdm import tqdm
 from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_output, enlarge, find_images,
                          find_inputs, open_image, printable, read_image, sample_faces, simulate,
                          write_csv, write_png)
-from loss import (STUDY_ABSENT, Study, aimed, build_study, captioned_pairs, compare, fit, photo_rows, photo_table,
-                  plot_comparison, pointed, report, report_study)
+from loss import (STUDY_ABSENT, LossError, Study, aimed, build_study, captioned_pairs, compare, fit, load_lpips,
+                  photo_rows, photo_table, plot_comparison, pointed, report, report_study)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, AtWork, CheckpointError, DeviceError, Picture,
                    added_detail, enlargement, load_generator, locked, photo_sentence, read_extras, restore_photos,
                    select_device, siblings, upscale, upscale_pictures, write_result, write_results)
@@ -114,6 +113,7 @@ def main(args):
     generator, faithful = load(args.checkpoint, args.strength), load(args.checkpoint, 0) if args.added else None
     if args.scale not in (None, generator.scale):
         tqdm.write(f"warning: {args.checkpoint} enlarges {generator.scale} times, whatever --scale says", sys.stderr)
+    lpips = load_lpips() if args.lpips else None
     args.output.mkdir(parents=True, exist_ok=True)
 
     scores, sheet, faces, taken, done, sides = {}, {}, [], set(), 0, []
@@ -133,7 +133,7 @@ def main(args):
             rows = photo_rows(picture, sr) if show else []
         elif picture.hr is not None or show:
             added = added_detail(faithful, picture.lr, sr) if show and faithful else None
-            row, line = compare(picture, sr, generator.scale, added, args.kernel)
+            row, line = compare(picture, sr, generator.scale, added, args.kernel, lpips)
             rows = [row]
         try:
             writing.result()
@@ -402,8 +402,7 @@ class Workshop:
             pair[0] = folder / "screen.png"
             for file, large in zip(pair, (sr, bicubic)):
                 write_png(file, fit(large, SCREEN))
-        (height, width), (large_height, large_width) = picture.lr.shape[:2], sr.shape[:2]
-        line = f"{width} x {height} → {large_width} x {large_height} pixels"
+        line = "{1} x {0} → {3} x {2} pixels".format(*picture.lr.shape[:2], *sr.shape[:2])
         if photo:
             line += f"; {photo_sentence(picture.patches)}"
             line += "" if restored else "; nothing was changed" if factor == 1 else "; only enlarged"
@@ -524,8 +523,7 @@ def build_app(workshop, study):
                     yield gr.skip(), gr.skip(), result
                 elif result:
                     pairs, archive, done, notes = result
-                    text = f"{done} enlarged, {len(files) - done} could not be read."
-                    yield pairs, archive, "\n- ".join([text, *notes])
+                    yield pairs, archive, "\n- ".join([f"{done} of {len(files)} enlarged.", *notes])
         except (DataError, CheckpointError, UsageError, OSError, MemoryError) as error:
             yield [], None, f"**{error or 'Not enough memory'}**"
 
@@ -687,6 +685,7 @@ def parse_arguments(argv=None):
     add("--checkpoint", type=Path, metavar="FILE", help="trained generator, of any scale [the shipped SRGAN]")
     add("--strength", type=float, default=1.0, help="from 0, faithful: the SRResNet that lies beside the checkpoint, "
         "to 1, vivid: the checkpoint itself [%(default)s]")
+    add("--lpips", action="store_true", help="score LPIPS too, with --simulate or --hr; needs pip install lpips")
     add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
     add("--flip", action="store_true", help="average with the mirrored picture's result: more faithful, half as fast")
     add("--photo", action="store_true", help="the inputs are photographs: find and restore their faces")
@@ -715,6 +714,7 @@ def parse_arguments(argv=None):
             ((args.enlarge or args.background) and not args.photo, "--enlarge and --background need --photo"),
             (args.inputs and not args.simulate and (args.kernel, args.damage) != ("bicubic", "none"),
              "--kernel and --damage need --simulate"),
+            (args.lpips and args.inputs and not args.simulate and not args.hr, "--lpips needs --simulate or --hr"),
             (args.study and not args.ui, "--study needs --ui"),
             (args.ui and (args.inputs or args.hr or args.simulate),
              "--ui takes its pictures in the browser: leave out INPUT, --hr and --simulate"),
@@ -736,7 +736,7 @@ def run(argv=None):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
         return main(parse_arguments(argv))
-    except (UsageError, CheckpointError, DataError, DeviceError, OSError) as error:
+    except (UsageError, CheckpointError, DataError, DeviceError, LossError, OSError) as error:
         print(f"inference.py: {error}", file=sys.stderr)
         return 2
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -24,8 +24,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data_loader import (MARK, METRICS, DataError, Face, choose_output, enlarge, find_images, is_result, printable,
-                         read_image, resize_square, simulate, square_face, write_atomically, write_csv)
+from data_loader import (LPIPS, MARK, METRICS, DataError, Face, choose_output, enlarge, find_images, is_result,
+                         printable, read_image, resize_square, simulate, square_face, to_tensor, write_atomically,
+                         write_csv)
 from model import CheckpointError, load_plain
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
@@ -175,6 +176,26 @@ def psnr(a, b):
     return float(10 * np.log10(255 ** 2 / error)) if error > 0 else 100.0
 
 
+def load_lpips():
+    """Load LPIPS (Zhang et al. 2018, arXiv:1801.03924; AlexNet, version 0.1), whose package is no requirement: a
+    function of two (H, W, 3) uint8 pictures, nan for those smaller than 32. Raises LossError."""
+    try:
+        from lpips import LPIPS as Lpips
+        with warnings.catch_warnings(action="ignore"):
+            network = Lpips(net="alex", verbose=False).eval()
+    except ImportError:
+        raise LossError("--lpips needs a package that is no requirement: pip install lpips") from None
+    except OSError as error:
+        raise LossError(f"--lpips: the weights of AlexNet cannot be downloaded ({error})") from None
+
+    @torch.no_grad()
+    def distance(a, b):
+        large = min(a.shape[:2]) > 31
+        return network(*(to_tensor([picture]) * 2 - 1 for picture in (a, b))).item() if large else np.nan
+
+    return distance
+
+
 def score(sr, hr):
     """Compare two (H, W, 3) uint8 pictures: PSNR (dB) and SSIM on RGB and, as psnr_y and ssim_y,
     on luma. No border is cut; SSIM is scikit-image's with its default 7x7 window (nan for pictures
@@ -235,10 +256,10 @@ def shortened(text, length):
     return text if len(text) <= length else f"{text[:length // 2 - 1]}…{text[len(text) - length + length // 2:]}"
 
 
-def compare(picture, sr, scale, added=None, kernel="bicubic"):
+def compare(picture, sr, scale, added=None, kernel="bicubic", lpips=None):
     """Compare a result with bicubic and, where it is known, the ground truth: (its row for `plot_comparison`, with the
     picture `added` at its end, its line of metrics.csv or {}). Of a large picture, the part with most detail.
-    LR-PSNR: the result, reduced again by `kernel`, against the LR that was given."""
+    LR-PSNR: the result, reduced again by `kernel`, against the LR that was given. `lpips` comes from `load_lpips`."""
     shown, part, large = picture.lr, picture.lr, sr.shape[0] // len(picture.lr)
     top, left, side = 0, 0, max(shown.shape)
     if side > 128:
@@ -256,6 +277,8 @@ def compare(picture, sr, scale, added=None, kernel="bicubic"):
         baseline, ours = score(enlarge(picture.lr, scale), picture.hr), score(sr, picture.hr)
         scores = {**ours, **{f"{name}_bicubic": value for name, value in baseline.items()},
                   "lr_psnr": psnr(simulate(sr, scale, kernel)[0], picture.lr)}
+        if lpips:
+            scores |= zip(LPIPS, (lpips(sr, picture.hr), lpips(enlarge(picture.lr, scale), picture.hr)))
         row[1:] = [(*cell[:2], f"{values['psnr']:.2f} dB / {values['ssim']:.3f}")
                    for cell, values in zip(row[1:], (baseline, ours))]
         row.append(("ground truth", picture.hr[window], "PSNR / SSIM"))
@@ -353,16 +376,18 @@ def photo_table(picture):
 def report(scores, path):
     """Print one row per picture and the means, and write them without the means as CSV."""
     width = max(map(len, [*scores, "image"]))
-    print(f"{'image':{width}}  {'PSNR':>14}  {'SSIM':>15}  {'PSNR-Y':>14}  {'SSIM-Y':>15}  {'LR-PSNR':>7}\n"
-          f"{'':{width}}  " + "  ".join(["  ours bicubic", "  ours  bicubic"] * 2))
-    means = {column: np.mean([row[column] for row in scores.values()]) for column in METRICS[1:]}
+    header = METRICS + LPIPS * (LPIPS[0] in next(iter(scores.values())))
+    pairs = [(column, 2 if column.startswith("psnr") else 4) for column in header if f"{column}_bicubic" in header]
+    print(f"{'image':{width}}  " + "  ".join(f"{column.upper().replace('_', '-'):>{13 + digits // 2}}"
+                                             for column, digits in pairs) + "  LR-PSNR\n"
+          f"{'':{width}}  " + "  ".join("  ours bicubic" if digits == 2 else "  ours  bicubic" for _, digits in pairs))
+    means = {column: np.mean([row[column] for row in scores.values()]) for column in header[1:]}
     for name, row in [*sorted(scores.items()), ("mean", means)]:
         print(f"{name:{width}}  " + "  ".join(
             f"{row[column]:6.{digits}f} {row[column + '_bicubic']:7.{digits}f}{' ' * (digits - 2)}"
-            for column, digits in zip(METRICS[1:5], (2, 4, 2, 4))) + f"  {row['lr_psnr']:7.2f}")
-
-    write_csv(path, METRICS, [(name, *(f"{row[column]:.6f}" for column in METRICS[1:]))
-                              for name, row in sorted(scores.items())])
+            for column, digits in pairs) + f"  {row['lr_psnr']:7.2f}")
+    write_csv(path, header, [(name, *(f"{row[column]:.6f}" for column in header[1:]))
+                             for name, row in sorted(scores.items())])
 
 
 # The blind study: section 3.3 of Ledig et al. 2017 ----------------------------------------------

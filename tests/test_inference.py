@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -132,6 +133,28 @@ def test_alone_on_a_folder_tree(run, tmp_path):
     assert read_image(tmp_path / "out" / "sub" / "dir.x" / "顔 $1$.png")[0].shape == (24, 36, 3)
     assert before == {path: path.read_bytes() for path in before}
     assert run(tmp_path / "in") == 0 and results(tmp_path / "out") == expected  # replaced, not added
+
+
+def test_lpips_where_its_package_is_installed(run, tmp_path, faces, monkeypatch, capsys):
+    """In the table too, which is then an earlier result all the same; without the package, one sentence says so."""
+    class Lpips(torch.nn.Module):
+        def forward(self, a, b):
+            assert a.shape == b.shape == (1, 3, 128, 128) and -1 <= a.min() < -0.5 and 0.5 < a.max() <= 1
+            return (a - b).abs().mean()
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=lambda net, verbose: Lpips()))
+    assert run(faces, "--simulate", "--lpips") == 0 == run(faces, "--simulate", "--lpips")
+    assert "LPIPS" in capsys.readouterr().out
+    [table] = (tmp_path / "out").glob("*.csv")
+    rows = list(csv.DictReader(table.open()))
+    face = read_image(find_images(faces)[0])[0]
+    lr, hr = simulate(face, 4)
+    sr = read_image(tmp_path / "out" / f"{rows[0]['image']}.png")[0]
+    for column, picture in (("lpips", sr), ("lpips_bicubic", enlarge(lr, 4))):
+        assert float(rows[0][column]) == pytest.approx(np.abs(picture.astype(float) - hr).mean() / 127.5, abs=1e-5)
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert run(faces, "--simulate", "--lpips") == 2
+    assert capsys.readouterr().err.endswith("--lpips needs a package that is no requirement: pip install lpips\n")
 
 
 @pytest.mark.parametrize("output", ["in", "in/results"])

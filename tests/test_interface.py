@@ -261,7 +261,7 @@ def test_a_folder(app, client, tmp_path):
     pairs, archive, report = client.predict(files, 0.5, 4, api_name="/folder")
     assert [pair["caption"] for pair in pairs] == ["0.png", "1.png", "2.png"]
     assert np.array(Image.open(pairs[0]["image"])).shape == (28, 72, 3)
-    assert report == "3 enlarged, 1 could not be read.\n- other.png: not a picture, or damaged"
+    assert report == "3 of 4 enlarged.\n- other.png: not a picture, or damaged"
     with zipfile.ZipFile(archive) as pack:
         assert pack.namelist() == ["0.png", "1.png", "2.png"]
         for path in paths:
@@ -278,7 +278,7 @@ def test_a_folder_of_tiny_faces_and_a_photograph(app, client, tmp_path):
     Image.fromarray(skimage.data.astronaut()[:, 60:420]).resize((72, 102), Image.Resampling.LANCZOS).save(photo)
     files = [handle_file(path) for path in (tiny, photo, face)]
     pairs, archive, report = client.predict(files, 1, 0, api_name="/folder")
-    assert "3 enlarged" in report and "astronaut.png: 1 face" in report
+    assert "3 of 3 enlarged" in report and "astronaut.png: 1 face" in report
     captions = [pair["caption"] for pair in pairs]
     assert captions[:2] + captions[3:] == ["faces.png", "astronaut.png", "face.png"] and ", 1: " in captions[2]
     assert np.array(Image.open(pairs[3]["image"])).shape == (128, 256, 3)
