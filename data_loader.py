@@ -43,6 +43,7 @@ METRICS = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bi
 LPIPS = "lpips", "lpips_bicubic"        # columns more, if asked for
 FACES = ("image", "face", "x", "y", "size", "angle", "score", "working_size", "action")
 VAL_PERCENT = 5             # of a folder without a split of its own
+TESTED = Path(__file__).resolve().parent / "checkpoints" / "ffhq_test.txt"      # ids of the faces that scores come from
 
 # How the small picture is made, and how often in training. Pillow's kernels are antialiased; OpenCV's are not: they are
 # what `cv2.resize` does when nobody chose, and a network that never saw them fails on them.
@@ -226,10 +227,16 @@ def split_files(train_dirs, val_dir=None):
     """List the training and the validation files of some folders; they never share a file.
 
     With `val_dir`, its pictures validate and all others train. Without, FFHQ's own tree (`.../00000/00000.png`,
-    five-digit names in folders of a thousand) gets its official split: ids below 60000 train, the rest validate. In
-    any other folder a checksum of the name chooses about one file in twenty, so that adding files never moves one.
+    five-digit names in folders of a thousand) gets its official split: ids below 60000 train, the rest validate. In any
+    other folder a checksum of the name chooses about one file in twenty, so that adding files never moves one. The
+    faces of TESTED, on which weights are compared, are left out of FFHQ's own tree.
     """
-    files = list({path.resolve(): path for folder in train_dirs for path in find_images(folder)}.values())
+    def in_ffhq(path):
+        return re.fullmatch(r"(\d\d)000/\1\d{3}", f"{path.parent.name}/{path.stem}")
+
+    tested = TESTED.read_text().split()
+    files = {path.resolve(): path for folder in train_dirs for path in find_images(folder)}
+    files = [path for path in files.values() if path.stem not in tested or not in_ffhq(path)]
     if not files:
         raise DataError(f"{' '.join(map(str, train_dirs))}: no pictures found; expected a folder of faces "
                         f"({', '.join(SUFFIXES)}), in subfolders or not")
@@ -243,9 +250,7 @@ def split_files(train_dirs, val_dir=None):
         raise DataError(f"{val_dir}: holds every training picture, so none is left to train on")
 
     def validates(path):
-        if re.fullmatch(r"\d{5}", path.stem) and path.parent.name == f"{int(path.stem) // 1000:02d}000":
-            return int(path.stem) >= 60000
-        return zlib.crc32(os.fsencode(path.name)) % 100 < VAL_PERCENT
+        return path.stem >= "60000" if in_ffhq(path) else zlib.crc32(os.fsencode(path.name)) % 100 < VAL_PERCENT
 
     val = [path for path in files if validates(path)]
     if not val or len(val) == len(files):   # too few files for a share: one validates
@@ -302,10 +307,7 @@ def load_faces(files, progress=True):
             bar.update(len(chunk))
     if not good:
         raise DataError(f"{Path(files[0]).parent}: none of the {len(files)} pictures can be read")
-    for place, old in enumerate(good):      # close the gaps
-        if place != old:
-            faces[place] = faces[old]
-    return faces[:len(good)]
+    return faces if len(good) == len(files) else faces[good]
 
 
 def sample_faces():
@@ -531,8 +533,7 @@ def _resize_matrix(size, new_size, kernel, device):
 def _blur_matrix(size, sigma):
     """Weights for a Gaussian blur of `size` samples, sigma above 0."""
     kernel = cv2.getGaussianKernel(2 * round(3 * sigma) + 1, sigma)
-    identity = np.eye(size, dtype=np.float32)
-    return torch.tensor(cv2.sepFilter2D(identity, -1, kernel, np.ones(1)))      # (size, size)
+    return torch.tensor(cv2.sepFilter2D(np.eye(size, dtype=np.float32), -1, kernel, np.ones(1)))    # (size, size)
 
 
 @functools.lru_cache(maxsize=8)
