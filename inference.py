@@ -57,32 +57,33 @@ def read_pictures(args, files, scale, taken, failed):
             yield Picture(output.stem, output, lr, hr=hr)
     for path, relative in files:
         try:
-            (lr, alpha), hr = read_image(path), None
+            (lr, alpha), hr, sr = read_image(path), None, None
             if args.simulate:
-                lr, hr = simulate(lr, scale, args.kernel, args.damage)
-                alpha = None
+                (lr, hr), alpha = simulate(lr, scale, args.kernel, args.damage), None
             elif args.hr:
                 try:
                     if (truth := truths.get(relative.with_suffix(""))) is None:
                         raise DataError(f"{path}: no ground truth with this name in {args.hr}")
                     hr = read_image(truth)[0]
-                    if hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
-                        raise DataError(f"{truth}: {hr.shape[1]}x{hr.shape[0]} pixels, not {scale} times "
-                                        f"{lr.shape[1]}x{lr.shape[0]}")
+                    if hr.shape == lr.shape:        # the result of another program
+                        sr, (lr, hr) = lr, simulate(hr, scale)
+                        sr = sr[:len(hr), :len(hr[0])]
+                    elif hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
+                        raise DataError(f"{truth}: {hr.shape[1]}x{hr.shape[0]} pixels, neither {scale} times "
+                                        f"{lr.shape[1]}x{lr.shape[0]} nor as many")
                 except DataError as error:
                     failed(f"{error}; upscaled, not scored")
                     hr = None
             factor = enlargement(lr, args.enlarge) if args.photo else scale
             height, width = lr.shape[:2]
             if height * width * factor ** 2 > RESULT_LIMIT:
-                raise DataError(f"{path}: {width}x{height} pixels, too many to enlarge {factor} times: "
-                                f"the result may have {RESULT_LIMIT:,}; " + (
-                                    "use --enlarge 1" if args.photo else "use --photo for a photograph with faces"))
+                raise DataError(f"{path}: {width}x{height} pixels, too many to enlarge {factor} times: the result may "
+                                f"have {RESULT_LIMIT:,}; use --{'enlarge 1' if args.photo else 'photo'}")
             if not args.photo and height * width > 1e6:         # some 20 s and more on a CPU
                 tqdm.write(f"{path}: {width * scale}x{height * scale} pixels take a while; --photo does faces only")
             output = choose_output(relative, args.output, taken)
             name = printable(output.relative_to(args.output).with_suffix(""))
-            yield Picture(name, output, lr, alpha, hr, extras=read_extras(path))
+            yield Picture(name, output, lr, alpha, hr, sr, extras=read_extras(path))
         except (DataError, OSError, MemoryError) as error:
             reason = str(error) or "not enough memory"
             failed(reason if str(path) in reason else f"{path}: {reason}")
@@ -116,7 +117,7 @@ def main(args):
     lpips = load_lpips() if args.lpips else None
     args.output.mkdir(parents=True, exist_ok=True)
 
-    scores, sheet, faces, taken, done, sides = {}, {}, [], set(), 0, []
+    scores, sheet, faces, taken, done, finished, sides = {}, {}, [], set(), 0, 0, []
     comparison, table = (choose_output(Path(name), args.output, taken)
                          for name in ("comparison.png", "faces.csv" if args.photo else "metrics.csv"))
     pictures = read_pictures(args, files, generator.scale, taken, failed)
@@ -140,7 +141,7 @@ def main(args):
         except OSError as error:
             failed(f"{picture.output}: cannot be written ({error.strerror})")
             continue
-        done += 1
+        done, finished = done + 1, finished + (picture.sr is not None)
         if args.photo:
             tqdm.write(f"{picture.name}: {photo_sentence(picture.patches)}")
             faces += photo_table(picture)
@@ -166,7 +167,7 @@ def main(args):
         print(f"hint: {number} of less than {TINY} pixels; for faces so small, --scale 8 is better")
     if number := sum(side > FACE_AT_MOST for side in sides):
         print(f"hint: {number} of more than {FACE_AT_MOST} pixels, taken for one face each; --photo finds the faces")
-    what, how = ("photograph", "") if args.photo else ("picture", f" upscaled {generator.scale}x")
+    what, how = ("photograph", "") if args.photo else ("picture", f" upscaled {generator.scale}x" * (not finished))
     print(f"{done} {what}{'s' * (done != 1)}{how} into {args.output} in {time.monotonic() - started:.1f} s on the "
           f"{device.type}" + f"; compare: {comparison}" * bool(sheet))
     return 2 if not done else 1 if problems else 0
@@ -536,15 +537,14 @@ def build_app(workshop, study):
     def make_choice(*first):
         choices = [*first, *((f"{scale}x", scale) for scale in sorted(workshop.files))]
         return gr.Radio(choices, value=first[0][1] if first else workshop.scale,
-                        label="Enlargement of one face", visible=len(workshop.files) > 1, info="8x is for faces of 12 "
-                        "to 20 pixels, in which nobody is recognised: nearly everything is invented.")
+                        label="Enlargement of one face", visible=len(workshop.files) > 1,
+                        info="8x is for faces of 12 to 20 pixels: nearly everything is invented.")
 
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
                               visible=False, elem_classes="below")
     samples, titles, examples = [], [], {}
     for name, face in sample_faces().items():
-        pictures = {scale: simulate(face, scale)[0] for scale in sorted(workshop.files)} | {None: face}
-        for scale, picture in pictures.items():
+        for scale, picture in ({n: simulate(face, n)[0] for n in sorted(workshop.files)} | {None: face}).items():
             path = workshop.folder / f"{name}_{len(picture)}.png"
             write_png(path, picture)
             examples.setdefault(scale, str(path))
@@ -677,7 +677,7 @@ def parse_arguments(argv=None):
     add("inputs", nargs="*", metavar="INPUT", help="files and folders (recursively); without, a few sample faces")
     add("--output", type=Path, default=Path("results"), metavar="DIR", help="folder for the results [%(default)s]")
     truth = parser.add_mutually_exclusive_group()
-    truth.add_argument("--hr", type=Path, metavar="DIR", help="ground truth of the same names: score against it")
+    truth.add_argument("--hr", type=Path, metavar="DIR", help="ground truth of the same names: score (also INPUTs as large)")
     truth.add_argument("--simulate", action="store_true", help="the inputs are HR: reduce them first")
     add("--kernel", default="bicubic", choices=list(KERNELS), help="how --simulate reduces [%(default)s]")
     add("--damage", default="none", choices=DAMAGES, help="what else --simulate does to the picture [%(default)s]")

@@ -199,6 +199,7 @@ class Picture:
     lr: np.ndarray                      # (H, W, 3) uint8
     alpha: np.ndarray | None = None     # (H, W) uint8
     hr: np.ndarray | None = None        # (sH, sW, 3) uint8
+    sr: np.ndarray | None = None        # the same, where it is finished already, and only to be scored
     patches: list = field(default_factory=list)     # the faces, of a photograph
     marked: list = field(default_factory=list)      # (Face, "restored" or "kept") that somebody has pointed at
     extras: tuple = ()                              # its colour profile and EXIF data, as PNG chunks
@@ -227,6 +228,9 @@ def upscale_pictures(generator, pictures, batch_size):
 
     for picture in pictures:
         shape = picture.lr.shape
+        if picture.sr is not None:
+            yield picture, picture.sr
+            continue
         waiting.setdefault(shape, []).append(picture)
         if len(waiting[shape]) >= min(batch_size, max(1, TILE ** 2 // (shape[0] * shape[1]))):
             yield from flush(shape)
@@ -237,7 +241,9 @@ def upscale_pictures(generator, pictures, batch_size):
 
 
 def write_result(picture, sr):
-    """Write the PNG of a result, with the alpha channel enlarged beside it."""
+    """Write the PNG of a result, with the alpha channel enlarged beside it, unless somebody else has made it."""
+    if picture.sr is not None:
+        return
     if picture.alpha is not None:
         sr = np.dstack([sr, enlarge(picture.alpha, len(sr) // len(picture.lr))])
     write_png(picture.output, sr, picture.extras)

@@ -135,6 +135,18 @@ def test_alone_on_a_folder_tree(run, tmp_path):
     assert run(tmp_path / "in") == 0 and results(tmp_path / "out") == expected  # replaced, not added
 
 
+def test_results_of_another_program_are_scored_as_they_are(run, tmp_path, faces, capsys):
+    """By the same table as ours; none is written again."""
+    assert run(faces, "--simulate") == 0
+    ours = (tmp_path / "out" / "metrics.csv").read_text()
+    for path in find_images(tmp_path / "out"):
+        if path.name != "comparison.png":
+            save(tmp_path / "theirs" / path.relative_to(tmp_path / "out"), read_image(path)[0])
+    assert run(tmp_path / "theirs", "--hr", faces, output=tmp_path / "scores") == 0
+    assert (tmp_path / "scores" / "metrics.csv").read_text() == ours and "upscaled" not in capsys.readouterr().out[-200:]
+    assert results(tmp_path / "scores") == set() and (tmp_path / "scores" / "comparison.png").exists()
+
+
 def test_lpips_where_its_package_is_installed(run, tmp_path, faces, monkeypatch, capsys):
     """In the table too, which is then an earlier result all the same; without the package, one sentence says so."""
     class Lpips(torch.nn.Module):
