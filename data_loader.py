@@ -310,15 +310,6 @@ def load_faces(files, progress=True):
     return faces if len(good) == len(files) else faces[good]
 
 
-def sample_faces():
-    """Two public-domain portraits that come with scikit-image and Matplotlib, cut as FFHQ cuts."""
-    import matplotlib.cbook
-    import skimage.data
-    astronaut = read_image(Path(skimage.data.data_dir, "astronaut.png"))[0]     # .astronaut() imports half of SciPy
-    hopper = read_image(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))[0]
-    return {"astronaut": square_face(astronaut[12:200, 129:317]), "grace_hopper": square_face(hopper[40:363, 106:429])}
-
-
 # Faces in photographs ---------------------------------------------------------------------------
 
 # YuNet (Wu et al. 2023, MIT licence), from OpenCV's model zoo.
@@ -347,11 +338,9 @@ class Face:
 
 
 def find_faces(picture):
-    """Find the faces in an (H, W, 3) uint8 photograph, of any size and turn: a list of Face, row by row.
-
-    The detector sees the photograph at several sizes, since it misses a close-up that is large and a face that is
-    small, and turned by quarters; what might be a face is looked at again. Raises DataError where its file is missing.
-    """
+    """Find the faces in an (H, W, 3) uint8 photograph, of any size and turn: a list of Face, row by row. The detector
+    sees it at several sizes, since it misses a close-up that is large and a face that is small, and turned by quarters;
+    what might be a face is looked at again. Raises DataError where the detector's file is missing."""
     if not DETECTOR.is_file():
         raise DataError(f"{DETECTOR}: the face detector is missing; it comes with the repository")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)    # OpenCV 5 warns about every network
@@ -403,24 +392,25 @@ def _look_again(detector, face, view, factor):
     """Look at a proposed Face closely, in twelve turns, out of the BGR view, `factor` times the photograph, in which it
     was seen. The detector sees every face as upright as it can, but is the surer the more upright it is: where that
     speaks against the proposal, the turn that is most upright counts. The score is the highest, 0.5 where none is."""
-    place, zoom = np.array([face.x, face.y]) * factor, CLOSE / 2 / (face.size * factor)
+    zoom, there = CLOSE / 2 / (face.size * factor), replace(face, x=face.x * factor, y=face.y * factor)
     views, scores = {}, np.full(12, PROPOSAL_SCORE)
     for turn in range(12):
-        matrix = cv2.getRotationMatrix2D(place - 0.5, 30 * turn, zoom)
-        matrix[:, 2] += CLOSE / 2 - place
+        matrix = turning(there, 30 * turn, zoom, CLOSE)
         close = cv2.warpAffine(view, matrix, (CLOSE, CLOSE), borderMode=cv2.BORDER_REPLICATE)
         for points, score in _detect(detector, close):
-            points = points * np.exp(1j * np.pi / 6 * turn) / (zoom * factor) + complex(face.x, face.y)
-            seen = _frame(points, score)
+            seen = _frame(points * 1j ** (turn / 3) / (zoom * factor) + complex(face.x, face.y), score)
             if score > scores[turn] and _same(seen, face) and 0.6 < seen.size / face.size < 1.6:
                 views[turn], scores[turn] = seen, score
     around = np.stack([np.roll(scores, 1), scores, np.roll(scores, -1)])
-    turn = int((around.T @ [1, 2, 1]).argmax())
-    weights = np.square(around[:, turn] - PROPOSAL_SCORE)
+    upright = 0.02 * np.cos(np.arange(12) * np.pi / 6)          # as most heads are
+    support, own = around.T @ [0.15, 0.7, 0.15] + upright, round(face.angle / 30) % 12
+    turn, weights = int(support.argmax()), np.square(around[:, support.argmax()] - PROPOSAL_SCORE)
     angle = 30 * (turn + (weights[2] - weights[0]) / max(weights.sum(), 1e-9))
-    if turn not in views or np.cos(np.radians(angle - face.angle)) > 0.97:
-        return replace(face, score=float(scores.max()))
-    return replace(views[turn], angle=float((angle + 180) % 360 - 180), score=float(scores.max()))
+    doubt = 0.01 + max(0, 0.92 - scores.max()) / 2      # of a very blurred face, every turn has some support
+    if turn in views and np.cos(np.radians(angle - face.angle)) < 0.97 and (
+            turn == own or support[turn] > support[own] + doubt):
+        face = replace(views[turn], angle=float((angle + 180) % 360 - 180))
+    return replace(face, score=float(scores.max()))
 
 
 def _frame(points, score):
@@ -434,11 +424,11 @@ def _frame(points, score):
 
 
 def working_size(square):
-    """Say how much an (S, S, 3) uint8 crop of a face shows: the smallest side, from 32 up to S, to which it can be
-    reduced and enlarged again and still be the same.
+    """Say how much an (S, S, 3) uint8 crop of a face shows: 16 or the smallest side, from 32 up to S, to which it can
+    be reduced and enlarged again and still be the same.
 
     The same is a PSNR above 37 dB in the middle, or an error below 0.12 of what half that side would make, whatever
-    the contrast: chosen on 200 faces, sharp or enlarged; how often it errs on others is in checkpoints/README.md.
+    the contrast (for 16, 0.08 at 14): chosen on 200 faces, sharp or enlarged; how often it errs is in the model card.
     """
     if len(square) > 256:       # far above any limit
         square = resize_square(square, 256)
@@ -448,23 +438,33 @@ def working_size(square):
         again = resize_square(resize_square(square, side), len(square))
         return np.square(square[middle, middle].astype(np.float32) - again[middle, middle]).mean()
 
+    if len(square) > 16 and error(14) < 0.08 * error(7):
+        return 16
     for side in (32, 36, 40, 46, 52, 60, 70, 80, 96, 112, 128, 160, 192, 224):
         if side < 0.95 * len(square) and (error(side) < 255**2 / 10**3.7 or error(side) < 0.12 * error(side // 2)):
             return side
     return len(square)
 
 
-def cut_face(photo, face):
-    """Cut a face out of an (H, W, 3) uint8 photograph as FFHQ does, upright, (128, 128, 3) uint8; beyond the border the
-    photograph is mirrored. Returns (the cut, the share of the side that is mirrored)."""
-    finer = -(-round(face.size) // FACE_SIZE)       # turned at up to this many times the size, then averaged
-    matrix = cv2.getRotationMatrix2D((face.x, face.y), face.angle, finer * FACE_SIZE / face.size)
-    matrix[:, 2] += finer * FACE_SIZE / 2 - np.array([face.x, face.y])
-    cut = cv2.warpAffine(photo, matrix, (finer * FACE_SIZE,) * 2, flags=cv2.INTER_CUBIC,
-                         borderMode=cv2.BORDER_REFLECT_101)
+def cut_face(photo, face, size=FACE_SIZE):
+    """Cut a face out of an (H, W, 3) uint8 photograph as FFHQ does, upright, (size, size, 3) uint8; beyond the border
+    the photograph is mirrored. Returns (the cut, the share of the side that is mirrored)."""
+    finer = size * -(-round(face.size) // size)     # turned at a multiple of the size, then reduced
+    matrix = turning(face, face.angle, finer / face.size, finer)
+    cut = cv2.warpAffine(photo, matrix, (finer, finer), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101)
     reach = face.size / 2 * (abs(np.sin(np.radians(face.angle))) + abs(np.cos(np.radians(face.angle))))
     room = min(face.x, face.y, photo.shape[1] - face.x, photo.shape[0] - face.y)
-    return square_face(cut), max(0, reach - room) / face.size
+    cut = np.array(Image.fromarray(cut).resize((size, size), Image.Resampling.LANCZOS))
+    return cut, max(0, reach - room) / face.size
+
+
+def turning(face, angle, zoom, side):
+    """The matrix for cv2.warpAffine that turns a photograph counterclockwise by degrees about a face and enlarges it,
+    so that the face comes into the middle of a square of `side` pixels."""
+    place = np.array([face.x, face.y])
+    matrix = cv2.getRotationMatrix2D(place - 0.5, angle, zoom)      # whole numbers are the centres of pixels
+    matrix[:, 2] += side / 2 - place
+    return matrix
 
 
 def cut_faces(photos, output):

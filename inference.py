@@ -28,10 +28,9 @@ import torch
 from tqdm import tqdm
 
 from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_output, enlarge, find_images,
-                         find_inputs, open_image, printable, read_image, sample_faces, simulate,
-                         write_csv, write_png)
+                         find_inputs, open_image, printable, read_image, simulate, write_csv, write_png)
 from loss import (STUDY_ABSENT, LossError, Study, aimed, build_study, captioned_pairs, compare, fit, load_lpips,
-                  photo_rows, photo_table, plot_comparison, pointed, report, report_study)
+                  photo_rows, photo_table, plot_comparison, pointed, report, report_study, sample_faces)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, AtWork, CheckpointError, DeviceError, Picture,
                    added_detail, enlargement, load_generator, locked, photo_sentence, read_extras, restore_photos,
                    select_device, siblings, upscale, upscale_pictures, write_result, write_results)
@@ -677,7 +676,8 @@ def parse_arguments(argv=None):
     add("inputs", nargs="*", metavar="INPUT", help="files and folders (recursively); without, a few sample faces")
     add("--output", type=Path, default=Path("results"), metavar="DIR", help="folder for the results [%(default)s]")
     truth = parser.add_mutually_exclusive_group()
-    truth.add_argument("--hr", type=Path, metavar="DIR", help="ground truth of the same names: score (also INPUTs as large)")
+    truth.add_argument("--hr", type=Path, metavar="DIR", 
+                       help="ground truth of the same names: score against it (INPUT as large as it, unchanged)")
     truth.add_argument("--simulate", action="store_true", help="the inputs are HR: reduce them first")
     add("--kernel", default="bicubic", choices=list(KERNELS), help="how --simulate reduces [%(default)s]")
     add("--damage", default="none", choices=DAMAGES, help="what else --simulate does to the picture [%(default)s]")

@@ -251,6 +251,15 @@ def plot_comparison(path, rows, note=""):
             pil_kwargs={"compress_level": 1, "compress_type": 3}))      # run lengths: fast, and no larger
 
 
+def sample_faces():
+    """Two public-domain portraits that come with scikit-image and Matplotlib, cut as FFHQ cuts."""
+    import matplotlib.cbook
+    import skimage.data
+    astronaut = read_image(Path(skimage.data.data_dir, "astronaut.png"))[0]     # .astronaut() imports half of SciPy
+    hopper = read_image(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))[0]
+    return {"astronaut": square_face(astronaut[12:200, 129:317]), "grace_hopper": square_face(hopper[40:363, 106:429])}
+
+
 def shortened(text, length):
     """Shorten a text in the middle."""
     return text if len(text) <= length else f"{text[:length // 2 - 1]}…{text[len(text) - length + length // 2:]}"

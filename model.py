@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -32,8 +33,8 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data_loader import (Face, enlarge, find_faces, open_image, resize_square, to_tensor, to_uint8, working_size,
-                         write_atomically, write_png)
+from data_loader import (Face, cut_face, enlarge, find_faces, open_image, resize_square, to_tensor, to_uint8, turning,
+                         working_size, write_atomically, write_png)
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -271,7 +272,8 @@ def added_detail(faithful, lr, sr):
 SMALLEST = {4: 20, 8: 12}   # pixels of a frame from which a face can be made, by the largest scale at hand
 TINY = 24                   # pixels: below, eight times gives the better face (LPIPS 0.13 against 0.15 at 20)
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
-SOFT = 0.6                  # of its frame: a face that fits in less of it is blurred
+SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
+TILT, SURE = 10, 0.85       # degrees and score, from which on blurred faces are turned upright (LPIPS 0.051 for 0.068)
 LEFT = ("sharp", "kept")    # what is done with faces that the network must not touch
 BLOCKS, CODED = 1.12, 48    # from a JPEG of a quality of some 80 or less, that many pixels: what is more is its pattern
 
@@ -286,6 +288,7 @@ class Patch:
     working_size: int
     action: str                         # "restored"; left alone: "sharp", "small" (too small), "kept" (as asked)
     lr: np.ndarray                      # upright, of the size that the network is given
+    turn: float                         # degrees by which that took to turn it counterclockwise
     sr: np.ndarray | None = None
 
 
@@ -308,8 +311,8 @@ def find_patches(photo, factor, smallest=SMALLEST[4], marked=()):
     `marked`, (Face, "restored" or "kept"), replaces what was found with its middle in that frame, and keeps its turn.
 
     A face whose pixels hold what they can goes through the network as it is, a blurred one, or one that a JPEG has
-    coarsened, is reduced first to what it shows; turned by more than 45 degrees, it is turned by quarters, which loses
-    nothing.
+    coarsened, is reduced first to what it shows. Sharp, it is turned by quarters, which loses nothing, blurred until it
+    is upright: the network knows tilts up to 30 degrees, but of blurred faces it makes grimaces there.
     """
     patches, faces = [], [(face, None) for face in find_faces(photo)]
     for face, wish in marked:
@@ -321,28 +324,41 @@ def find_patches(photo, factor, smallest=SMALLEST[4], marked=()):
     most = CODED if blockiness(photo) > BLOCKS else DETAIL
     for face, wish in faces:
         top, left, side = face.square(*photo.shape[:2])
-        lr = np.rot90(photo[top:top + side, left:left + side], round(face.angle / 90))
+        turn = 90 * round(face.angle / 90)
+        lr = np.rot90(photo[top:top + side, left:left + side], turn // 90)
         size = working_size(lr)
-        given = size if size < SOFT * side else side
+        given = max(size, smallest) if size < SOFT[factor] * side else side
         action = "small" if side < smallest else wish or (
             "sharp" if size > DETAIL or factor == 1 and given == side else "restored")
         if action == "restored":
             if size > most:
                 size = given = most
-            lr = resize_square(lr, given) if given < side else lr
-        patches.append(Patch(face, top, left, side, size, action, lr))
+            if given < side and abs(face.angle - turn) > TILT and face.score > SURE:
+                lr, turn = cut_face(photo, replace(face, size=side), given)[0], face.angle
+            elif given < side:
+                lr = resize_square(lr, given)
+        patches.append(Patch(face, top, left, side, size, action, lr, turn))
     return patches
 
 
 def lay(patch, canvas, factor):
     """Lay a restored face over its place in the enlarged photograph, fading into it at the edge of its square."""
     side = patch.side * factor
-    sr = np.rot90(resize_square(patch.sr, side), -round(patch.face.angle / 90))
+    sr = resize_square(patch.sr, side)
     ramp = np.clip((np.arange(side) + 0.5) / side * 6, 0, 1)
     ramp = np.square(np.sin(np.minimum(ramp, ramp[::-1]) * np.pi / 2))      # over a sixth of the side
-    place = canvas[patch.top * factor:, patch.left * factor:][:side, :side]
-    mask = np.minimum.outer(ramp, ramp)[..., None].astype(np.float32)
-    place[:] = np.rint(place + mask * (sr - place.astype(np.float32)))
+    mask = np.minimum.outer(ramp, ramp).astype(np.float32)
+    if patch.turn % 90:
+        x, y, reach = patch.face.x * factor, patch.face.y * factor, side * 3 // 4
+        top, left = max(0, int(y) - reach), max(0, int(x) - reach)
+        place = canvas[top:int(y) + reach, left:int(x) + reach]
+        matrix = turning(replace(patch.face, x=x - left, y=y - top), patch.turn, 1, side)
+        sr = cv2.warpAffine(sr, matrix, place.shape[1::-1], flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP)
+        mask = cv2.warpAffine(mask, matrix, place.shape[1::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    else:
+        sr = np.rot90(sr, -patch.turn // 90)
+        place = canvas[patch.top * factor:, patch.left * factor:][:side, :side]
+    place[:] = np.rint(place + mask[..., None] * (sr - place.astype(np.float32)))
 
 
 def enlargement(photo, factor=None):
@@ -356,13 +372,13 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
 
     `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
     rest is enlarged: by default with the network, where that is quick and no face is too sharp for it. Faces go through
-    it in batches, those of several photographs together; `tiny`, a generator of scale 8, takes those of fewer than TINY
-    pixels.
+    it in batches, those of several photographs together; `tiny`, a generator of scale 8, takes those that show less
+    than TINY pixels.
     """
     def restore(group):
         patches = [patch for _, _, faces in group for patch in faces if patch.action == "restored"]
         for small in (False, True):
-            chosen = [patch for patch in patches if (tiny is not None and patch.side < TINY) == small]
+            chosen = [patch for patch in patches if (tiny is not None and len(patch.lr) < TINY) == small]
             for patch, patch.sr in upscale_pictures(tiny if small else generator, chosen, batch_size):
                 pass
         for picture, number, picture.patches in group:

@@ -30,9 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from data_loader import find_images, resize_square, sample_faces, to_tensor, to_uint8  # noqa: E402
+from data_loader import find_images, resize_square, to_tensor, to_uint8  # noqa: E402
 from inference import CHECKPOINT, upscale  # noqa: E402
-from loss import VGG_LAYERS, GeneratorLoss, VGGFeatures, discriminator_loss  # noqa: E402
+from loss import VGG_LAYERS, GeneratorLoss, VGGFeatures, discriminator_loss, sample_faces  # noqa: E402
 from model import (  # noqa: E402
     PRECISIONS, Discriminator, Generator, bicubic, device_name, load_checkpoint, select_device, select_dtype)
 

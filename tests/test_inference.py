@@ -15,9 +15,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import inference
 import model
-from data_loader import enlarge, find_images, is_result, read_image, sample_faces, simulate
+from data_loader import enlarge, find_images, is_result, read_image, simulate
 from inference import CHECKPOINT, upscale
-from loss import psnr
+from loss import psnr, sample_faces
 from model import Generator, load_checkpoint, save_checkpoint
 
 ROOT = Path(inference.__file__).parent

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from data_loader import sample_faces, simulate, to_tensor, to_uint8, write_atomically
+from data_loader import simulate, to_tensor, to_uint8, write_atomically
+from loss import sample_faces
 from inference import CHECKPOINT, upscale
 from model import (
     CONTENT,

@@ -14,6 +14,7 @@ from PIL import Image
 
 import data_loader
 import inference
+import model
 from data_loader import DataError, enlarge, find_faces, read_image, resize_square, working_size
 from inference import CHECKPOINT, Picture, restore_photos, upscale
 from loss import aimed, pointed, psnr
@@ -149,6 +150,39 @@ def test_a_blurred_face_is_restored_and_a_sharp_one_left_alone(portraits, genera
     eyes = np.s_[70:110, 220:280]
     detail = [cv2.Laplacian(picture[eyes], cv2.CV_64F).std() for picture in (photo, sr)]
     assert detail[1] > 3 * detail[0]
+
+
+def test_a_blurred_tilted_face_is_turned_upright_for_the_network(portraits, generator, monkeypatch):
+    """Which is nearer to the truth than to give it as it lies; and it comes back to its place."""
+    picture, x, y, frame = portraits["astronaut"]
+    zoom = 240 / frame
+    for angle in (32, -140):
+        matrix = cv2.getRotationMatrix2D((x - 0.5, y - 0.5), -angle, zoom)
+        matrix[:, 2] += np.array([200, 160]) - (x, y)
+        large = cv2.warpAffine(picture, matrix, (400, 320), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+        photo = cv2.GaussianBlur(resize_square(large[:, 40:360], 80), (0, 0), 1.1)
+        middle = np.s_[90:230, 90:230]
+        truth, results = large[:, 40:360], []
+        for tilt in (10, 90):
+            monkeypatch.setattr(model, "TILT", tilt)
+            sr, [patch] = restore(generator, photo, factor=4)
+            assert (abs(patch.turn - angle) < 15) == (tilt == 10) or patch.turn % 90 == 0
+            results.append(psnr(sr[middle], truth[middle]))
+        assert results[0] > results[1] + 0.3 and results[0] > psnr(enlarge(photo, 4)[middle], truth[middle]) + 0.3
+
+
+def test_of_a_very_blurred_face_the_eightfold_network_makes_a_face(portraits, generator):
+    """What shows no more than 16 pixels goes through it."""
+    tiny = load_checkpoint(CHECKPOINT.with_name("srgan_x8.pth"))[0].for_inference()
+    photo, [(x, y, side, _)] = compose(portraits, [("hopper", 110, 0, 20, 20)], 180, 180)
+    for sigma, size in ((0.01, None), (0.02, 32), (0.045, 16)):
+        blurred = cv2.GaussianBlur(photo, (0, 0), sigma * side)
+        results = [restore(generator, blurred, factor=1, tiny=network) for network in (None, tiny)]
+        [patch] = results[1][1]
+        assert patch.working_size == (size or patch.working_size) and (patch.working_size > 32) == (size is None)
+    eyes = np.s_[int(y - 0.15 * side):int(y + 0.1 * side), int(x - 0.25 * side):int(x + 0.25 * side)]
+    before, four, eight = (cv2.Laplacian(sr[eyes], cv2.CV_64F).std() for sr in (blurred, *(sr for sr, _ in results)))
+    assert eight > four > 3 * before and patch.sr.shape == (128, 128, 3)
 
 
 def test_no_seam_and_no_colour_shift(portraits, generator):
