@@ -567,6 +567,14 @@ def build_app(workshop, study):
                     cancel = gr.Button("Cancel", interactive=False)
                 faces = gr.Gallery(label="The faces, before and after", object_fit="contain",
                                    format="png", interactive=False, buttons=[], visible=False, elem_id="faces")
+                with gr.Accordion("Missed a face, or one too many? Point at it", open=False):
+                    gr.Markdown("Click a face, found or not; if need be, set its frame around the whole head.")
+                    view = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"],
+                                    elem_id="scissors")
+                    target, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
+                    with gr.Row():
+                        point, leave, undo, cut = map(gr.Button, ("Restore it", "Leave it as it is", "Undo",
+                                                                  "Take it alone"))
                 with gr.Row(elem_id="more"):
                     pixels = small(label="The small picture", elem_classes=["below", "pixels"])
                     truth, invented = small(label="The truth"), small(label="What was invented")
@@ -578,14 +586,6 @@ def build_app(workshop, study):
                                     info="The difference to the faithful result, around gray. Of one face only.")
                 whole = gr.Checkbox(label="Treat it as one face", info="Else a large picture is searched for faces.")
                 gr.Examples(samples, [photo, shrink, scale], label="Or try one of these", example_labels=titles)
-                with gr.Accordion("Missed a face, or one too many? Point at it", open=False):
-                    gr.Markdown("Click a face, found or not; if need be, set its frame around the whole head.")
-                    view = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"],
-                                    elem_id="scissors")
-                    target, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
-                    with gr.Row():
-                        point, leave, undo, cut = map(gr.Button, ("Restore it", "Leave it as it is", "Undo",
-                                                                  "Take it alone"))
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.

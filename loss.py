@@ -15,6 +15,7 @@ import sys
 import tempfile
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -24,9 +25,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data_loader import (LPIPS, MARK, METRICS, DataError, Face, choose_output, enlarge, find_images, is_result,
-                         printable, read_image, resize_square, simulate, square_face, to_tensor, write_atomically,
-                         write_csv)
+from data_loader import (LPIPS, MARK, METRICS, DataError, Face, choose_output, cut_face, enlarge, find_images,
+                         is_result, printable, read_image, resize_square, simulate, square_face, to_tensor,
+                         write_atomically, write_csv)
 from model import CheckpointError, load_plain
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
@@ -348,12 +349,17 @@ def pointed(picture, place, share, found):
 
 
 def face_pairs(picture, sr):
-    """Cut the faces of a photograph out of it and out of its result: a list of (before, after), (256, 256, 3) uint8, by
-    bicubic, turned by quarters until they are upright."""
+    """Cut the faces of a photograph out of it and out of its result: a list of (before, after), (256, 256, 3) uint8,
+    turned as for the network."""
+    def cut(patch, image, n):
+        if patch.turn % 90:
+            face = replace(patch.face, x=patch.face.x * n, y=patch.face.y * n, size=patch.side * n)
+            return cut_face(image, face, 256)[0]
+        square = image[patch.top * n:, patch.left * n:][:patch.side * n, :patch.side * n]
+        return resize_square(np.rot90(square, patch.turn // 90), 256)
+
     factor = len(sr) // len(picture.lr)
-    return [[resize_square(np.rot90(image[patch.top * n:, patch.left * n:][:patch.side * n, :patch.side * n],
-                                    round(patch.face.angle / 90)), 256) for image, n in ((picture.lr, 1), (sr, factor))]
-            for patch in picture.patches]
+    return [(cut(patch, picture.lr, 1), cut(patch, sr, factor)) for patch in picture.patches]
 
 
 def captioned_pairs(picture, sr, name=""):
