@@ -187,7 +187,6 @@ Give a small picture of a face, see it large and sharp; or a photograph, whose f
 added is invented**: one of many faces that fit, no evidence of who somebody is. Never identify anyone by it."""
 EXAMPLE = "An example: an astronaut from {0} x {0} pixels. Give a picture of your own to see it here instead."
 DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
-CLICK = "Click a face in the picture first."
 WORDS = """
 - **Blurry enlargement**: the ordinary way to enlarge a picture (bicubic). It invents nothing.
 - **Strength**: 0 is the faithful network (SRResNet): soft, closest to the truth on average. 1 is the vivid one
@@ -504,14 +503,16 @@ def build_app(workshop, study):
         return replace(face, size=share * min(picture.shape[:2])) if known else face
 
     def mark(wish, path, face, marks):
-        return [*marks, (path, face, wish)] if face else gr.Info(CLICK) or marks
+        return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
 
     def cut_out(path, face):
         if not face or (picture := opened(path)) is None:
-            return gr.Info(CLICK) or gr.skip()
+            return mark(None, path, None, gr.skip())
         top, left, side = face.square(*picture.shape[:2])
-        part = picture[top:top + side, left:left + side]
-        return {photo: part, whole: True, scale: workshop.suited(part), origin: path, back: gr.Button(visible=True)}
+        part = Path(tempfile.mkdtemp(dir=workshop.folder), f"{Path(path).stem}_face.png")
+        write_png(part, lr := picture[top:top + side, left:left + side])
+        return {photo: str(part), whole: side <= FACE_AT_MOST, scale: workshop.suited(lr), origin: path,
+                back: gr.Button(visible=True)}
 
     async def enlarge_all(files, strength, scale, request: gr.Request):
         if not files or len(files) > FILES:
@@ -565,16 +566,16 @@ def build_app(workshop, study):
                 with gr.Row():
                     download = gr.DownloadButton("Download ours as PNG", first.file, variant="primary")
                     cancel = gr.Button("Cancel", interactive=False)
-                faces = gr.Gallery(label="The faces, before and after", object_fit="contain",
-                                   format="png", interactive=False, buttons=[], visible=False, elem_id="faces")
                 with gr.Accordion("Missed a face, or one too many? Point at it", open=False):
                     gr.Markdown("Click a face, found or not; if need be, set its frame around the whole head.")
                     view = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"],
                                     elem_id="scissors")
                     target, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
                     with gr.Row():
-                        point, leave, undo, cut = map(gr.Button, ("Restore it", "Leave it as it is", "Undo",
-                                                                  "Take it alone"))
+                        names = "Restore it", "Leave it as it is", "Undo", "Take it alone"
+                        point, leave, undo, cut = map(gr.Button, names)
+                faces = gr.Gallery(label="The faces, before and after", object_fit="contain",
+                                   format="png", interactive=False, buttons=[], visible=False, elem_id="faces")
                 with gr.Row(elem_id="more"):
                     pixels = small(label="The small picture", elem_classes=["below", "pixels"])
                     truth, invented = small(label="The truth"), small(label="What was invented")
@@ -676,8 +677,7 @@ def parse_arguments(argv=None):
     add("inputs", nargs="*", metavar="INPUT", help="files and folders (recursively); without, a few sample faces")
     add("--output", type=Path, default=Path("results"), metavar="DIR", help="folder for the results [%(default)s]")
     truth = parser.add_mutually_exclusive_group()
-    truth.add_argument("--hr", type=Path, metavar="DIR", 
-                       help="ground truth of the same names: score against it (INPUT as large as it, unchanged)")
+    truth.add_argument("--hr", type=Path, metavar="DIR", help="ground truth of the same names: score against it")
     truth.add_argument("--simulate", action="store_true", help="the inputs are HR: reduce them first")
     add("--kernel", default="bicubic", choices=list(KERNELS), help="how --simulate reduces [%(default)s]")
     add("--damage", default="none", choices=DAMAGES, help="what else --simulate does to the picture [%(default)s]")

@@ -373,10 +373,11 @@ def captioned_pairs(picture, sr, name=""):
 
 def photo_rows(picture, sr):
     """Make a photograph's rows for `plot_comparison`: it with numbered frames, and its faces before and after."""
+    most, across = 12, 2 + (len(picture.patches) > 8)
     faces = [[("before", before, f"{number}: {patch.side} pixels"), ("after", after, patch.action)]
-             for number, (patch, (before, after)) in enumerate(zip(picture.patches[:8], face_pairs(picture, sr)), 1)]
-    rows = [sum(faces[i:i + 2], []) for i in range(0, len(faces), 2)] or [[]]
-    first = ("photograph", numbered(picture, 8), f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"
+             for number, (patch, (before, after)) in enumerate(zip(picture.patches[:most], face_pairs(picture, sr)), 1)]
+    rows = [sum(faces[i:i + across], []) for i in range(0, len(faces), across)] or [[]]
+    first = ("photograph", numbered(picture, most), f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"
              + f", {len(faces)} of {len(picture.patches)} faces" * (len(faces) < len(picture.patches)))
     return [[None if i else first, None, *row] for i, row in enumerate(rows)]      # over two columns
 

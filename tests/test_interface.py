@@ -404,7 +404,7 @@ def test_a_face_is_pointed_at_and_cut_out_by_hand(app, page, tmp_path):
     page.get_by_text("Take it alone").click()
     page.get_by_text("18 x 18 → 144 x 144 pixels; in").wait_for()  # so small that 8x is chosen
     assert page.get_by_label("Treat it as one face").is_checked()
-    cuts = [path for path in (app.folder / "tmp").rglob("image.png") if Image.open(path).size == (18, 18)]
+    cuts = [path for path in (app.folder / "tmp").rglob("wall_face.png") if Image.open(path).size == (18, 18)]
     cuts, wall = [read_image(cut)[0] for cut in cuts], read_image(wall)[0]      # one of them with a frame
     places = [(x, y) for y in range(53) for x in range(73) if any(
         np.array_equal(wall[y:y + 18, x:x + 18], cut) for cut in cuts)]
