@@ -311,14 +311,6 @@ def frame(picture, top, left, side, text="", colour=(255, 220, 0)):
     return picture
 
 
-def numbered(picture, most=None):
-    """Draw the numbers of a photograph's faces, or of the first of them, with their frames, into a copy of it."""
-    framed = picture.lr.copy()
-    for number, patch in enumerate(picture.patches[:most], 1):
-        frame(framed, patch.top, patch.left, patch.side, str(number))
-    return framed
-
-
 def fit(picture, side):
     """Reduce (H, W, 3) uint8 so that no side is longer than `side`."""
     factor = side / max(picture.shape)
@@ -368,7 +360,8 @@ def captioned_pairs(picture, sr, name=""):
     name = name and f"{shortened(name, 24)}, "
     pairs = [(np.hstack(pair), f"{name}{number}: {patch.side} px, {patch.action}")
              for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
-    return [(fit(numbered(picture), AIMED), f"{name}which is which")] * (len(pairs) > 1) + pairs
+    overview = aimed(picture.lr, None, [patch.face for patch in picture.patches])
+    return [(overview, f"{name}which is which")] * (len(pairs) > 1) + pairs
 
 
 def photo_rows(picture, sr):
@@ -377,7 +370,8 @@ def photo_rows(picture, sr):
     faces = [[("before", before, f"{number}: {patch.side} pixels"), ("after", after, patch.action)]
              for number, (patch, (before, after)) in enumerate(zip(picture.patches[:most], face_pairs(picture, sr)), 1)]
     rows = [sum(faces[i:i + across], []) for i in range(0, len(faces), across)] or [[]]
-    first = ("photograph", numbered(picture, most), f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"
+    overview = aimed(picture.lr, None, [patch.face for patch in picture.patches[:most]])
+    first = ("photograph", overview, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"
              + f", {len(faces)} of {len(picture.patches)} faces" * (len(faces) < len(picture.patches)))
     return [[None if i else first, None, *row] for i, row in enumerate(rows)]      # over two columns
 
