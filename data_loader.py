@@ -189,10 +189,8 @@ def is_result(path):
 
 
 def find_inputs(inputs, output):
-    """List the pictures to upscale: (pairs of (path, relative path), sentences on bad inputs).
-
-    Earlier results are left out: in folders everywhere, as files when they lie in `output`.
-    """
+    """List the pictures to upscale: (pairs of (path, relative path), sentences on bad inputs). Earlier results are left
+    out: in folders everywhere, as files when they lie in `output`."""
     found, problems = {}, []
     for item in map(Path, inputs):
         if item.is_dir():
@@ -307,7 +305,9 @@ def load_faces(files, progress=True):
             bar.update(len(chunk))
     if not good:
         raise DataError(f"{Path(files[0]).parent}: none of the {len(files)} pictures can be read")
-    return faces if len(good) == len(files) else faces[good]
+    for place, source in enumerate(good):       # in place: a second copy of all may not fit into memory
+        faces[place] = faces[source]
+    return faces[:len(good)]
 
 
 # Faces in photographs ---------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def working_size(square):
     be reduced and enlarged again and still be the same.
 
     The same is a PSNR above 37 dB in the middle, or an error below 0.12 of what half that side would make, whatever
-    the contrast (for 16, 0.08 at 14): chosen on 200 faces, sharp or enlarged; how often it errs is in the model card.
+    the contrast (for 16, at 14: 0.08, or 0.2 and 37 dB): chosen on 200 faces; how often it errs is in the model card.
     """
     if len(square) > 256:       # far above any limit
         square = resize_square(square, 256)
@@ -438,10 +438,11 @@ def working_size(square):
         again = resize_square(resize_square(square, side), len(square))
         return np.square(square[middle, middle].astype(np.float32) - again[middle, middle]).mean()
 
-    if len(square) > 16 and error(14) < 0.08 * error(7):
+    fine = 255**2 / 10**3.7
+    if len(square) > 16 and error(14) < max(0.08 * error(7), min(fine, 0.2 * error(7))):
         return 16
     for side in (32, 36, 40, 46, 52, 60, 70, 80, 96, 112, 128, 160, 192, 224):
-        if side < 0.95 * len(square) and (error(side) < 255**2 / 10**3.7 or error(side) < 0.12 * error(side // 2)):
+        if side < 0.95 * len(square) and (error(side) < fine or error(side) < 0.12 * error(side // 2)):
             return side
     return len(square)
 
@@ -519,8 +520,7 @@ def _levels(values):
 
 @functools.lru_cache(maxsize=256)
 def _resize_matrix(size, new_size, kernel, device):
-    """The library's own weights for resizing `size` samples to `new_size`: it resizes the
-    identity matrix. One matrix product then does on any device what Pillow or OpenCV do."""
+    """The library's own weights for resizing `size` samples to `new_size`; one product with them does its work."""
     identity = np.eye(size, dtype=np.float32)
     if kernel.startswith("cv2-"):
         weights = cv2.resize(identity, (new_size, size), interpolation=KERNELS[kernel][0])

@@ -5,8 +5,7 @@
     python inference.py FACES --scale 8                  # eight times, for faces of some 16 pixels
     python inference.py party.jpg --photo                # find the faces in photographs and restore them
     python inference.py HR_FOLDER --simulate             # reduce the pictures first, then score the results
-    python inference.py --ui                             # all that in a browser
-    python inference.py --ui --study HR_FOLDER           # with a blind study: people rate pictures
+    python inference.py --ui [--study HR_FOLDER]         # all that in a browser, with a blind study
 """
 import argparse
 import contextlib
@@ -33,7 +32,8 @@ from loss import (STUDY_ABSENT, LossError, Study, aimed, build_study, captioned_
                   photo_rows, photo_table, plot_comparison, pointed, report, report_study, sample_faces)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, AtWork, CheckpointError, DeviceError, Picture,
                    added_detail, enlargement, load_generator, locked, photo_sentence, read_extras, restore_photos,
-                   select_device, siblings, upscale, upscale_pictures, write_result, write_results)
+                   select_device, shown_share, siblings, upscale, upscale_pictures, upscale_reduced, write_result,
+                   write_results)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 SHOWN = 12                  # pictures in the comparison figure
@@ -82,7 +82,8 @@ def read_pictures(args, files, scale, taken, failed):
                 tqdm.write(f"{path}: {width * scale}x{height * scale} pixels take a while; --photo does faces only")
             output = choose_output(relative, args.output, taken)
             name = printable(output.relative_to(args.output).with_suffix(""))
-            yield Picture(name, output, lr, alpha, hr, sr, extras=read_extras(path))
+            share = 1 if args.photo or hr is not None else shown_share(lr)      # what is scored stays as it is
+            yield Picture(name, output, lr, alpha, hr, sr, share, extras=read_extras(path))
         except (DataError, OSError, MemoryError) as error:
             reason = str(error) or "not enough memory"
             failed(reason if str(path) in reason else f"{path}: {reason}")
@@ -107,32 +108,33 @@ def main(args):
         failed(sentence)
     if args.inputs and not files:
         return 2
-    if args.hr and not args.hr.is_dir():
-        raise UsageError(f"--hr {args.hr}: there is no such folder")
     load = functools.partial(load_generator, device=device, precision=args.precision, flip=args.flip)
     generator, faithful = load(args.checkpoint, args.strength), load(args.checkpoint, 0) if args.added else None
+
+    # The network for eight times, where there is one, once it is asked for.
+    tiny = functools.cache(lambda strength: (path := siblings(args.checkpoint).get(8)) and load(path, strength))
     if args.scale not in (None, generator.scale):
         tqdm.write(f"warning: {args.checkpoint} enlarges {generator.scale} times, whatever --scale says", sys.stderr)
     lpips = load_lpips() if args.lpips else None
     args.output.mkdir(parents=True, exist_ok=True)
 
-    scores, sheet, faces, taken, done, finished, sides = {}, {}, [], set(), 0, 0, []
+    scores, sheet, faces, taken, done, finished, blurred, sides = {}, {}, [], set(), 0, 0, 0, []
     comparison, table = (choose_output(Path(name), args.output, taken)
                          for name in ("comparison.png", "faces.csv" if args.photo else "metrics.csv"))
     pictures = read_pictures(args, files, generator.scale, taken, failed)
     if args.photo:
-        tiny = siblings(args.checkpoint).get(8)
         results = restore_photos(generator, pictures, args.batch_size, args.enlarge, args.background,
-                                 tiny and load(tiny, args.strength))
+                                 tiny(args.strength))
     else:
-        results = upscale_pictures(generator, pictures, args.batch_size)
+        results = upscale_pictures(generator, pictures, args.batch_size, functools.partial(tiny, args.strength))
     for picture, sr, writing in tqdm(write_results(results), "upscaling", len(files) or None, unit="picture",
                                      leave=False, disable=None):
         rows, line, show = [], {}, len(sheet) < SHOWN
         if args.photo:
             rows = photo_rows(picture, sr) if show else []
         elif picture.hr is not None or show:
-            added = added_detail(faithful, picture.lr, sr) if show and faithful else None
+            added = added_detail(upscale_reduced(faithful, picture.lr, picture.share, functools.partial(tiny, 0)),
+                                 sr) if show and faithful else None
             row, line = compare(picture, sr, generator.scale, added, args.kernel, lpips)
             rows = [row]
         try:
@@ -140,7 +142,7 @@ def main(args):
         except OSError as error:
             failed(f"{picture.output}: cannot be written ({error.strerror})")
             continue
-        done, finished = done + 1, finished + (picture.sr is not None)
+        done, finished, blurred = done + 1, finished + (picture.sr is not None), blurred + (picture.share < 1)
         if args.photo:
             tqdm.write(f"{picture.name}: {photo_sentence(picture.patches)}")
             faces += photo_table(picture)
@@ -167,6 +169,7 @@ def main(args):
     if number := sum(side > FACE_AT_MOST for side in sides):
         print(f"hint: {number} of more than {FACE_AT_MOST} pixels, taken for one face each; --photo finds the faces")
     what, how = ("photograph", "") if args.photo else ("picture", f" upscaled {generator.scale}x" * (not finished))
+    how += f" ({blurred} blurred, so reduced first to what they show)" * bool(blurred)
     print(f"{done} {what}{'s' * (done != 1)}{how} into {args.output} in {time.monotonic() - started:.1f} s on the "
           f"{device.type}" + f"; compare: {comparison}" * bool(sheet))
     return 2 if not done else 1 if problems else 0
@@ -348,11 +351,12 @@ class Workshop:
 
     def restore(self, job, picture, strength, photo, scale):
         """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces."""
+        tiny = functools.partial(self.network, strength, job, 8) if 8 in self.files else None
         if not photo:
-            return self.upscale(picture.lr, strength, job, scale)
+            picture.share = shown_share(picture.lr) if picture.hr is None else 1
+            return upscale_reduced(self.network(strength, job, scale), picture.lr, picture.share, tiny)
         generator = self.network(strength, job, min(self.files))
-        tiny = self.network(strength, job, 8) if 8 in self.files else None
-        [(_, sr)] = restore_photos(generator, [picture], self.args.batch_size, tiny=tiny)
+        [(_, sr)] = restore_photos(generator, [picture], self.args.batch_size, tiny=tiny and tiny())
         return sr
 
     def read(self, path, output, scale, shrink=False, whole=True):
@@ -378,9 +382,8 @@ class Workshop:
         return Picture(path.stem, output, lr, alpha, hr, extras=read_extras(path))
 
     def enlarge(self, job, path, strength, shrink, added, whole, scale, marked=()):
-        """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, no larger
-        than a screen), LR, truth and what was invented, or None, a photograph's faces, their pairs with captions, and
-        one line on what was done."""
+        """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, to fit a
+        screen), LR, truth and what was invented, or None, a photograph's faces with captions, and a line about it."""
         started, folder = time.monotonic(), Path(tempfile.mkdtemp(dir=self.folder))
         if scale not in self.files:
             raise UsageError(f"Enlargement is one of {', '.join(map(str, sorted(self.files)))}")
@@ -393,7 +396,7 @@ class Workshop:
             picture.output = folder / f"{path.stem}_{'restored' if restored else f'x{factor}'}.png"
         write_result(picture, sr)
         bicubic, scores = enlarge(picture.lr, factor), {} if picture.hr is None else compare(picture, sr, scale)[1]
-        invented = added_detail(self.network(0, job, scale), picture.lr, sr) if added and not photo else None
+        invented = added_detail(self.restore(job, picture, 0, False, scale), sr) if added and not photo else None
         pair = [picture.output, folder / "bicubic.png"]
         if max(sr.shape) <= SCREEN:
             write_result(replace(picture, output=pair[1]), bicubic)
@@ -405,6 +408,7 @@ class Workshop:
         if photo:
             line += f"; {photo_sentence(picture.patches)}"
             line += "" if restored else "; nothing was changed" if factor == 1 else "; only enlarged"
+        line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
         if not photo and factor != (suited := self.suited(picture.lr)):
             line += f"; for a face of this size, try {suited}x"
@@ -417,12 +421,10 @@ class Workshop:
             found={str(path): [patch.face for patch in picture.patches]})
 
     def enlarge_all(self, job, paths, strength, scale):
-        """Upscale many uploads, photographs with their faces, a face by `scale` or, if that is 0, as its size asks:
-        (pairs bicubic | ours with their names, photographs followed by their faces, ZIP or None, sentences on
-        photographs and on what cannot be read)."""
+        """Upscale many uploads, a face by `scale` or, if that is 0, as its size asks: (pairs bicubic | ours with their
+        names, photographs followed by their faces; ZIP or None; number; sentences on them and what is unreadable)."""
         folder, taken, pairs, faces, notes = Path(tempfile.mkdtemp(dir=self.folder)), set(), [], [], []
-        archive = folder / "results.zip"
-        with zipfile.ZipFile(archive, "w") as pack:
+        with zipfile.ZipFile(folder / "results.zip", "w") as pack:
             for number, path in enumerate(paths, 1):
                 job.text = f"Picture {number} of {len(paths)}"
                 try:
@@ -443,7 +445,7 @@ class Workshop:
             if faces:
                 write_csv(folder / "faces.csv", FACES, faces)
                 pack.write(folder / "faces.csv", "faces.csv")
-        return pairs, str(archive) if done else None, done, notes
+        return pairs, pack.filename if done else None, done, notes
 
 
 def build_app(workshop, study):
@@ -572,8 +574,7 @@ def build_app(workshop, study):
                                     elem_id="scissors")
                     target, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
                     with gr.Row():
-                        names = "Restore it", "Leave it as it is", "Undo", "Take it alone"
-                        point, leave, undo, cut = map(gr.Button, names)
+                        point, leave, undo, cut = map(gr.Button, ("Restore it", "Leave as it is", "Undo", "Take alone"))
                 faces = gr.Gallery(label="The faces, before and after", object_fit="contain",
                                    format="png", interactive=False, buttons=[], visible=False, elem_id="faces")
                 with gr.Row(elem_id="more"):
@@ -683,15 +684,13 @@ def parse_arguments(argv=None):
     add("--damage", default="none", choices=DAMAGES, help="what else --simulate does to the picture [%(default)s]")
     add("--scale", type=int, choices=[4, 8], help="enlargement: 8 is for faces of 12 to 20 pixels [4]")
     add("--checkpoint", type=Path, metavar="FILE", help="trained generator, of any scale [the shipped SRGAN]")
-    add("--strength", type=float, default=1.0, help="from 0, faithful: the SRResNet that lies beside the checkpoint, "
-        "to 1, vivid: the checkpoint itself [%(default)s]")
+    add("--strength", type=float, default=1.0, help="0: faithful, the SRResNet beside the checkpoint; 1: vivid [1]")
     add("--lpips", action="store_true", help="score LPIPS too, with --simulate or --hr; needs pip install lpips")
     add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
     add("--flip", action="store_true", help="average with the mirrored picture's result: more faithful, half as fast")
     add("--photo", action="store_true", help="the inputs are photographs: find and restore their faces")
     add("--enlarge", type=int, choices=[1, 2, 4], help="of a photograph [4 up to 1 megapixel, 2 up to 4, else 1]")
-    add("--background", choices=["network", "bicubic"], help="how the rest of a photograph is enlarged 4 "
-        "times [network up to half a megapixel where no face is left alone; else, and 1 or 2 times, bicubic]")
+    add("--background", choices=["network", "bicubic"], help="the rest of a photograph [network for half a megapixel]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="auto", choices=PRECISIONS, help=PRECISION_HELP)
     add("--batch-size", type=int, default=16, help="pictures of one size at a time [%(default)s]")
@@ -723,7 +722,8 @@ def parse_arguments(argv=None):
             (not 0 <= args.seed <= 2**32, f"--seed must be from 0 to {2**32}"),
             (not 0 <= args.strength <= 1, "--strength must be from 0 to 1"),
             (not 1 <= args.batch_size <= 65536, "--batch-size must be from 1 to 65536"),
-            (args.hr and not args.inputs, "--hr needs INPUT")):
+            (args.hr and not args.inputs, "--hr needs INPUT"),
+            (args.hr and not args.hr.is_dir(), f"--hr {args.hr}: there is no such folder")):
         if wrong:
             raise UsageError(sentence)
     return args

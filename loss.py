@@ -281,7 +281,7 @@ def compare(picture, sr, scale, added=None, kernel="bicubic", lpips=None):
         part, shown = part[top:top + side, left:left + side], frame(shown.copy(), top, left, side)
     window = np.s_[top * large:(top + side) * large, left * large:(left + side) * large]
     row = [("LR", shown, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"),
-           ("bicubic", enlarge(part, scale), ""), ("ours", sr[window], "")]
+           ("bicubic", enlarge(part, scale), ""), ("ours" if picture.sr is None else "result", sr[window], "")]
     scores = {}
     if picture.hr is not None:
         baseline, ours = score(enlarge(picture.lr, scale), picture.hr), score(sr, picture.hr)
@@ -390,7 +390,7 @@ def report(scores, path):
     pairs = [(column, 2 if column.startswith("psnr") else 4) for column in header if f"{column}_bicubic" in header]
     print(f"{'image':{width}}  " + "  ".join(f"{column.upper().replace('_', '-'):>{13 + digits // 2}}"
                                              for column, digits in pairs) + "  LR-PSNR\n"
-          f"{'':{width}}  " + "  ".join("  ours bicubic" if digits == 2 else "  ours  bicubic" for _, digits in pairs))
+          f"{'':{width}}  " + "  ".join("result bicubic" if digits == 2 else "result  bicubic" for _, digits in pairs))
     means = {column: np.mean([row[column] for row in scores.values()]) for column in header[1:]}
     for name, row in [*sorted(scores.items()), ("mean", means)]:
         print(f"{name:{width}}  " + "  ".join(

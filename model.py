@@ -117,6 +117,7 @@ class Generator(nn.Module):
         dtype = self.head[0].weight.dtype                   # lower than float32 only in inference
         features = self.head(lr.to(dtype))                  # (N, C, H, W)
         features = features + self.body(features)           # (N, C, H, W)
+        # From here: self.tail(self.upsample(features)), only faster. With other layers there, write that.
         *upsample, _, prelu = self.upsample                 # the last shuffle is left to the tail
         for layer in upsample:
             features = layer(features)                      # (N, 4C, sH/2, sW/2)
@@ -124,9 +125,8 @@ class Generator(nn.Module):
         return sr + bicubic(lr, self.scale) if self.bicubic_residual else sr
 
     def for_inference(self, dtype=torch.float32):
-        """Return a frozen copy for inference, computing in `dtype`: batch norm folded into the
-        convolutions before it, activations in place, channels-last. It takes float32 pictures and
-        returns what `eval()` returns, to rounding."""
+        """Return a frozen copy for inference, computing in `dtype`: batch norm folded into the convolutions before it,
+        activations in place, channels-last. It takes float32 pictures and returns what `eval()` does, to rounding."""
         net = copy.deepcopy(self).eval().requires_grad_(False)
         for module in list(net.modules()):
             if isinstance(module, nn.Sequential):
@@ -201,6 +201,7 @@ class Picture:
     alpha: np.ndarray | None = None     # (H, W) uint8
     hr: np.ndarray | None = None        # (sH, sW, 3) uint8
     sr: np.ndarray | None = None        # the same, where it is finished already, and only to be scored
+    share: float = 1                    # of its pixels a side that show anything: less of a face that is blurred
     patches: list = field(default_factory=list)     # the faces, of a photograph
     marked: list = field(default_factory=list)      # (Face, "restored" or "kept") that somebody has pointed at
     extras: tuple = ()                              # its colour profile and EXIF data, as PNG chunks
@@ -218,9 +219,32 @@ def read_extras(path):
     return tuple(chunks)
 
 
-def upscale_pictures(generator, pictures, batch_size):
-    """Yield (picture, sr), sr (sH, sW, 3) uint8, batching pictures of one size; large ones go
-    alone, and the order may differ."""
+def shown_share(lr):
+    """The share of its pixels a side to which a picture of one face, (H, W, 3) uint8, can be reduced and still be the
+    same: 1 unless it is blurred (of 32 pixels by 1.6: LPIPS 0.57 as it is, 0.10 reduced), or far too large for that."""
+    height, width = lr.shape[:2]
+    side = min(height, width)
+    if max(height, width) > 256:
+        return 1
+    top, left = (height - side) // 2, (width - side) // 2
+    size = working_size(lr[top:top + side, left:left + side])
+    return size / side if size < SOFT[4] * side else 1
+
+
+def upscale_reduced(generator, lr, share=1, tiny=None):
+    """Enlarge one picture, reduced to a share of its pixels a side first, and by bicubic for the rest. `tiny`, a
+    function that gives a generator of scale 8 or None, is asked for one where fewer than TINY pixels remain."""
+    if share == 1:
+        return upscale(generator, [lr])[0]
+    sizes = [[max(1, round(side * factor)) for side in lr.shape[1::-1]] for factor in (share, generator.scale)]
+    network = (tiny() if tiny and max(sizes[0]) < TINY else None) or generator
+    small = np.asarray(Image.fromarray(lr).resize(sizes[0], Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(upscale(network, [small])[0]).resize(sizes[1], Image.Resampling.BICUBIC))
+
+
+def upscale_pictures(generator, pictures, batch_size, tiny=None):
+    """Yield (picture, sr), sr (sH, sW, 3) uint8, batching pictures of one size; large and blurred ones go
+    alone, the latter as in `upscale_reduced`, and the order may differ."""
     waiting = {}
 
     def flush(shape):
@@ -231,6 +255,9 @@ def upscale_pictures(generator, pictures, batch_size):
         shape = picture.lr.shape
         if picture.sr is not None:
             yield picture, picture.sr
+            continue
+        if picture.share < 1:
+            yield picture, upscale_reduced(generator, picture.lr, picture.share, tiny)
             continue
         waiting.setdefault(shape, []).append(picture)
         if len(waiting[shape]) >= min(batch_size, max(1, TILE ** 2 // (shape[0] * shape[1]))):
@@ -263,10 +290,9 @@ def write_results(results):
         yield from writing
 
 
-def added_detail(faithful, lr, sr):
-    """Show what was invented: three times the difference of sr to the faithful network's result,
-    around gray, (H, W, 3) uint8."""
-    return ((sr.astype(np.int16) - upscale(faithful, [lr])[0]) * 3 + 128).clip(0, 255).astype(np.uint8)
+def added_detail(faithful, sr):
+    """Show what was invented: three times the difference of a result to the faithful one, around gray, uint8."""
+    return ((sr.astype(np.int16) - faithful) * 3 + 128).clip(0, 255).astype(np.uint8)
 
 
 SMALLEST = {4: 20, 8: 12}   # pixels of a frame from which a face can be made, by the largest scale at hand
@@ -290,6 +316,7 @@ class Patch:
     lr: np.ndarray                      # upright, of the size that the network is given
     turn: float                         # degrees by which that took to turn it counterclockwise
     sr: np.ndarray | None = None
+    share = 1                           # as of a Picture: lr is reduced already
 
 
 def blockiness(photo):
@@ -368,10 +395,8 @@ def paint(generator, picture):
     photo = Image.fromarray(picture.lr)
     small = photo.resize((max(1, round(width * share)), max(1, round(height * share))), Image.Resampling.BICUBIC)
     again = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
-    if share == 1 or np.square(picture.lr - again.astype(np.float32)).mean() > 255**2 / 10**3.7:
-        return upscale(generator, [picture.lr])[0]
-    sr = Image.fromarray(upscale(generator, [np.asarray(small)])[0])
-    return np.array(sr.resize((width * generator.scale, height * generator.scale), Image.Resampling.BICUBIC))
+    same = np.square(picture.lr - again.astype(np.float32)).mean() < 255**2 / 10**3.7
+    return upscale_reduced(generator, picture.lr, share if same else 1)
 
 
 def enlargement(photo, factor=None):
@@ -454,9 +479,8 @@ class AtWork(nn.Module):
 
 
 def icnr_(conv):
-    """Initialise a convolution before PixelShuffle(2) so that the pair enlarges like nearest
-    neighbour: the four sub-pixels start equal, and no checkerboard is trained in (Aitken et al.
-    2017, arXiv:1707.02937)."""
+    """Initialise a convolution before PixelShuffle(2) so that the pair enlarges like nearest neighbour: the four
+    sub-pixels start equal, and no checkerboard is trained in (Aitken et al. 2017, arXiv:1707.02937)."""
     with torch.no_grad():
         for parameter in (conv.weight, conv.bias):
             parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
@@ -479,13 +503,12 @@ def shuffled_conv(features, conv):
 
 
 class Discriminator(nn.Module):
-    """The discriminator of section 2.1.1: eight 3x3 convolutions, 64 to 512 channels, every
-    second one with stride 2, then two dense layers.
+    """The discriminator of section 2.1.1: eight 3x3 convolutions, 64 to 512 channels, every second one with stride 2,
+    then two dense layers.
 
-    Takes RGB in [0, 1] of any size from 16x16 and returns logits of shape (N,): positive for
-    real. The paper's dense layer sees all positions of a 96x96 picture; here the features are
-    averaged to 4x4 cells first (the size of a 64x64 patch's), so that any patch size fits and
-    the dense layer stays at 8.4 million weights.
+    Takes RGB in [0, 1] of any size from 16x16 and returns logits of shape (N,): positive for real. The paper's dense
+    layer sees all positions of a 96x96 picture; here the features are averaged to 4x4 cells first (the size of a 64x64
+    patch's), so that any patch size fits and the dense layer stays at 8.4 million weights.
     """
 
     def __init__(self, channels=64):

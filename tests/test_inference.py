@@ -96,6 +96,31 @@ def test_shipped_srresnet_beats_bicubic(scale):
         assert np.mean(gains) > least, kernel
 
 
+def test_a_blurred_face_is_reduced_first_to_what_it_shows(run, tmp_path, capsys, shipped):
+    """To 16 of 32 pixels here, for the network for eight times. Sharp ones, and what is scored, stay as they are."""
+    face = sample_faces()["astronaut"]
+    sharp = simulate(face, 4)[0]
+    blurred = cv2.GaussianBlur(sharp, (0, 0), 2)
+    save(tmp_path / "in" / "blurred.png", blurred)
+    save(tmp_path / "in" / "sharp.png", sharp)
+    save(tmp_path / "hr" / "blurred.png", face)
+    eight = load_checkpoint(CHECKPOINT.with_name("srgan_x8.pth"))[0].for_inference()
+    small = np.asarray(Image.fromarray(blurred).resize((16, 16), Image.Resampling.BICUBIC))
+
+    def result(name, *flags):
+        assert run(tmp_path / "in" / f"{name}.png", "--precision", "float32", *flags, checkpoint=CHECKPOINT) == 0
+        return read_image(tmp_path / "out" / f"{name}.png")[0]
+
+    as_it_is = upscale(shipped, [blurred])[0]
+    assert np.array_equal(result("blurred"), sr := upscale(eight, [small])[0])
+    assert "1 blurred" in capsys.readouterr().out
+    assert psnr(sr, face) > psnr(as_it_is, face) + 1
+    assert cv2.Laplacian(sr, cv2.CV_64F).std() > 1.5 * cv2.Laplacian(as_it_is, cv2.CV_64F).std()
+    assert np.array_equal(result("sharp"), upscale(shipped, [sharp])[0])
+    assert "1 blurred" not in capsys.readouterr().out
+    assert np.array_equal(result("blurred", "--hr", tmp_path / "hr"), as_it_is)
+
+
 def test_the_scale_is_that_of_the_checkpoint_where_one_is_given(run, tmp_path, capsys):
     save(tmp_path / "a.png", noise(8, 8))
     assert run(tmp_path / "a.png", "--scale", "8") == 0
@@ -302,10 +327,10 @@ def test_strength_goes_from_the_faithful_network_to_the_vivid(run, tmp_path):
 def test_added_detail_is_gray_where_nothing_was_added(shipped):
     lr = noise(16, 16)
     sr = upscale(shipped, [lr])[0]
-    same = inference.added_detail(shipped, lr, sr)
+    same = inference.added_detail(sr, sr)
     assert (same == 128).all()
     brighter = cv2.add(sr, (5, 5, 5, 0))
-    brighter = inference.added_detail(shipped, lr, brighter)
+    brighter = inference.added_detail(sr, brighter)
     assert np.median(brighter) == 128 + 15
 
 

@@ -396,12 +396,12 @@ def test_a_face_is_pointed_at_and_cut_out_by_hand(app, page, tmp_path):
     page.get_by_text("Restore it").click()
     page.get_by_text("1 face, 1 restored").wait_for()
     page.get_by_text("1: 18 px, restored").wait_for()
-    page.get_by_text("Leave it as it is").click()
+    page.get_by_text("Leave as it is").click()
     page.get_by_text("1 face, 0 restored, 1 left as is (as asked)").wait_for()
     for text in ("1 face, 1 restored", "no face found"):
         page.get_by_text("Undo", exact=True).click()
         page.get_by_text(text).wait_for()
-    page.get_by_text("Take it alone").click()
+    page.get_by_text("Take alone").click()
     page.get_by_text("18 x 18 → 144 x 144 pixels; in").wait_for()  # so small that 8x is chosen
     assert page.get_by_label("Treat it as one face").is_checked()
     cuts = [path for path in (app.folder / "tmp").rglob("wall_face.png") if Image.open(path).size == (18, 18)]
