@@ -58,7 +58,7 @@ DAMAGES = ("none", "blur", "blur3", "noise", "jpeg75", "jpeg50", "wild")
 # how many are damaged and, of those, blurred, noisy and JPEG-coded; how many are as soft as a background, in HR too, so
 # that nothing is drawn where nothing was.
 ZOOMS, ZOOM_SHARES = (1, 0.9, 0.8, 0.7, 0.6, 0.55), (0.5, 0.1, 0.1, 0.1, 0.1, 0.1)
-TURNED, HURT, BLURRED, NOISY, CODED, SOFT = 0.2, 0.5, 0.5, 0.35, 0.5, 0.08
+TURNED, HURT, BLURRED, NOISY, COMPRESSED, SOFTENED = 0.2, 0.5, 0.5, 0.35, 0.5, 0.08
 BLURS, SOFT_BLURS = tuple(eighths / 8 for eighths in range(1, 9)), (1.5, 2, 3, 4)       # sigmas in LR pixels
 warnings.filterwarnings("ignore", module="PIL")        # PIXELS and `read_image` say what is wrong
 
@@ -188,17 +188,17 @@ def is_result(path):
         return False
 
 
-def find_inputs(inputs, output):
-    """List the pictures to upscale: (pairs of (path, relative path), sentences on bad inputs). Earlier results are left
-    out: in folders everywhere, as files when they lie in `output`."""
+def find_inputs(inputs, output, results=False):
+    """List the pictures to upscale: (pairs of (path, relative path), sentences on bad inputs). Without `results`, those
+    of earlier calls are left out: in folders everywhere, as files when they lie in `output`."""
     found, problems = {}, []
     for item in map(Path, inputs):
         if item.is_dir():
-            files = [(path, path.relative_to(item)) for path in find_images(item) if not is_result(path)]
+            files = [(path, path.relative_to(item)) for path in find_images(item) if results or not is_result(path)]
             if not files:
                 problems.append(f"{item}: no pictures in this folder (earlier results do not count)")
         elif item.is_file():
-            own = output.resolve() in item.resolve().parents and is_result(item)
+            own = not results and output.resolve() in item.resolve().parents and is_result(item)
             files = [] if own else [(item, Path(item.name))]
             problems += [f"{item}: a result of an earlier call, not upscaled again"] * own
         else:
@@ -235,6 +235,8 @@ def split_files(train_dirs, val_dir=None):
     tested = TESTED.read_text().split()
     files = {path.resolve(): path for folder in train_dirs for path in find_images(folder)}
     files = [path for path in files.values() if path.stem not in tested or not in_ffhq(path)]
+    if 2 * len(named := {path.stem for path in files}.intersection(tested)) > len(tested):
+        print(f"warning: {len(named)} pictures have names of {TESTED.name}: never train on test faces", file=sys.stderr)
     if not files:
         raise DataError(f"{' '.join(map(str, train_dirs))}: no pictures found; expected a folder of faces "
                         f"({', '.join(SUFFIXES)}), in subfolders or not")
@@ -615,7 +617,7 @@ def degrade(hr, scale, rng, rank=0, world=1):
     small, mine = size // scale, slice(rank, None, world)
     shares = np.array([share for _, share in KERNELS.values()])
     kernels = rng.choice(len(KERNELS), total, p=shares / shares.sum())
-    hurt = rng.random((3, total)) < np.where(rng.random(total) < HURT, [[BLURRED], [NOISY], [CODED]], 0)
+    hurt = rng.random((3, total)) < np.where(rng.random(total) < HURT, [[BLURRED], [NOISY], [COMPRESSED]], 0)
     sigmas, qualities = rng.integers(0, len(BLURS), total), rng.integers(40, 96, total)
     noise = {i: rng.standard_normal((3, small, small), dtype=np.float32) * np.float32(rng.uniform(1, 8))
              for i in np.flatnonzero(hurt[1])}
@@ -677,16 +679,14 @@ def jpeg(picture, quality):
 # Batches ----------------------------------------------------------------------------------------
 
 class FaceBatches:
-    """Training batches as a function of the step: the same step gives the same batch, always.
-
-    So a resumed training sees what an uninterrupted one sees, and several processes share a batch without talking:
-    process `rank` of `world` makes pictures rank, rank + world, ... of it.
+    """Training batches as a function of the step, so that a resumed training sees what an uninterrupted one sees, and
+    several processes share a batch without talking: process `rank` of `world` makes pictures rank, rank + world, ...
 
     Args:
         faces: (N, 3, 128, 128) uint8, on `device` or on the CPU.
         batch_size: pictures in the batch of all processes.
         patch_size: height and width of the HR patches, a multiple of the scale, at most 128.
-        degradation: "bicubic" (downscale alone) or "mixed" (degrade).
+        degradation: "bicubic" (patches as they are, and downscale alone) or "mixed" (zoomed, turned, and degrade).
         device: where batches are made; default: where the faces are.
     """
 
@@ -715,11 +715,11 @@ class FaceBatches:
         turned = rng.random(self.batch_size) < TURNED * (self.degradation == "mixed")
         angles = rng.uniform(-30, 30, self.batch_size)
         # Turned ones are reduced, which hides that turning has softened them.
-        cuts = np.where(turned, rng.integers(2, len(ZOOMS), self.batch_size),
-                        rng.choice(len(ZOOMS), self.batch_size, p=ZOOM_SHARES))
+        cuts = np.where(turned, rng.integers(2, len(ZOOMS), self.batch_size), rng.choice(
+            len(ZOOMS), self.batch_size, p=ZOOM_SHARES)) * (self.degradation == "mixed")
         places = self.first[cuts] + (rng.random((2, self.batch_size)) * self.number[cuts]).astype(int)
         flips = rng.random(self.batch_size) < 0.5
-        soft = rng.random(self.batch_size) < SOFT * (self.degradation == "mixed")
+        soft = rng.random(self.batch_size) < SOFTENED * (self.degradation == "mixed")
         sigmas = len(BLURS) + rng.integers(0, len(SOFT_BLURS), self.batch_size)
 
         mine = slice(self.rank, None, self.world)

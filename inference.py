@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_output, enlarge, find_images,
-                         find_inputs, open_image, printable, read_image, simulate, write_csv, write_png)
+                         find_inputs, is_result, open_image, printable, read_image, simulate, write_csv, write_png)
 from loss import (STUDY_ABSENT, LossError, Study, aimed, build_study, captioned_pairs, compare, fit, load_lpips,
                   photo_rows, photo_table, plot_comparison, pointed, report, report_study, sample_faces)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, AtWork, CheckpointError, DeviceError, Picture,
@@ -60,12 +60,14 @@ def read_pictures(args, files, scale, taken, failed):
             if args.simulate:
                 (lr, hr), alpha = simulate(lr, scale, args.kernel, args.damage), None
             elif args.hr:
+                if (truth := truths.get(relative.with_suffix(""))) is None:
+                    if is_result(path):         # as comparison.png
+                        continue
+                    raise DataError(f"{path}: no ground truth of this name in {args.hr}, so left out")
                 try:
-                    if (truth := truths.get(relative.with_suffix(""))) is None:
-                        raise DataError(f"{path}: no ground truth with this name in {args.hr}")
                     hr = read_image(truth)[0]
-                    if hr.shape == lr.shape:        # the result of another program
-                        sr, (lr, hr) = lr, simulate(hr, scale)
+                    if hr.shape == lr.shape:        # a result already
+                        sr, (lr, hr) = lr, simulate(hr, scale, args.kernel, args.damage)
                         sr = sr[:len(hr), :len(hr[0])]
                     elif hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
                         raise DataError(f"{truth}: {hr.shape[1]}x{hr.shape[0]} pixels, neither {scale} times "
@@ -103,7 +105,7 @@ def main(args):
         tqdm.write(f"inference.py: {sentence}", file=sys.stderr)
 
     device = select_device(args.device)
-    files, bad_inputs = find_inputs(args.inputs, args.output)
+    files, bad_inputs = find_inputs(args.inputs, args.output, args.hr)
     for sentence in bad_inputs:
         failed(sentence)
     if args.inputs and not files:
@@ -148,7 +150,7 @@ def main(args):
             faces += photo_table(picture)
         if line:
             scores[picture.name] = line
-        elif args.inputs and not args.photo:
+        if args.inputs and not args.photo:
             sides.append(max(picture.lr.shape))
         if show:
             sheet[picture.name] = rows
@@ -167,7 +169,8 @@ def main(args):
     if (number := sum(side < TINY for side in sides)) and generator.scale == 4:
         print(f"hint: {number} of less than {TINY} pixels; for faces so small, --scale 8 is better")
     if number := sum(side > FACE_AT_MOST for side in sides):
-        print(f"hint: {number} of more than {FACE_AT_MOST} pixels, taken for one face each; --photo finds the faces")
+        print(f"hint: {number} of more than {FACE_AT_MOST} pixels, taken for one face each, of which the networks know "
+              "only smaller ones; --photo finds the faces")
     what, how = ("photograph", "") if args.photo else ("picture", f" upscaled {generator.scale}x" * (not finished))
     how += f" ({blurred} blurred, so reduced first to what they show)" * bool(blurred)
     print(f"{done} {what}{'s' * (done != 1)}{how} into {args.output} in {time.monotonic() - started:.1f} s on the "
@@ -177,7 +180,7 @@ def main(args):
 
 # The interface ----------------------------------------------------------------------------------
 
-PIXELS = 16_000_000         # of what the network gives, or of a photograph: more would take minutes on a CPU
+LARGEST = 16_000_000        # of what the network gives, or of a photograph: more would take minutes on a CPU
 FACE_AT_MOST = 64           # pixels a side: what is larger is a photograph
 SHARP_FROM = 80             # pixels a side: what is smaller is not shrunk
 SCREEN = 2048               # pixels a side of what the slider shows
@@ -221,8 +224,7 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 #stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto}
 #stimulus .icon-button-wrapper, footer {display: none} #grades {flex-wrap: nowrap; gap: 6px; align-items: stretch}
 #grades button {font: 500 min(.9rem, 3vw) system-ui; padding: 12px 2px}
-#results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal}
-@media (max-width: 700px) {
+#results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal} @media (max-width: 700px) {
     #work {display: flex} #show {display: contents} #knobs {order: 1} #more {order: 2}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
     :is(#faces, #pairs) .grid-wrap {max-height: none !important} .caption-label {font-size: 10px !important}
@@ -235,8 +237,7 @@ document.addEventListener("keydown", event => {
     const button = /^[1-5]$/.test(event.key) && document.getElementById("rate-" + event.key);
     if (button && button.offsetParent && !event.repeat) button.click();
     const line = event.target.closest("[data-testid=slider]");
-    const step = {ArrowLeft: -16, ArrowRight: 16, Home: -1e4, End: 1e4}[event.key];
-    if (line && step) {
+    const step = {ArrowLeft: -16, ArrowRight: 16, Home: -1e4, End: 1e4}[event.key]; if (line && step) {
         const {x, y, width} = line.getBoundingClientRect(), centre = x + width / 2;
         const image = line.closest("#compare").querySelector("img"), box = image.getBoundingClientRect();
         const half = Math.min(box.width, box.height * image.naturalWidth / image.naturalHeight) / 2;
@@ -244,8 +245,7 @@ document.addEventListener("keydown", event => {
         for (const [type, place] of [["mousedown", centre], ["mousemove", end], ["mouseup", end]])
             (type == "mousedown" ? line : window).dispatchEvent(new MouseEvent(
                 type, {clientX: place, clientY: y + 9, view: window, bubbles: true}));
-        line.setAttribute("aria-valuenow", Math.round(50 + 50 * (end - middle) / half));
-        event.preventDefault();
+        line.setAttribute("aria-valuenow", Math.round(50 + 50 * (end - middle) / half)); event.preventDefault();
     }
 });
 const name = (selector, names) => document.querySelectorAll(selector).forEach(element => {
@@ -365,7 +365,7 @@ class Workshop:
             raise DataError("This picture was not uploaded here")
         if not path.is_file():
             raise DataError(f"{path.name} has been deleted by now, as promised below; please give it again")
-        limit = PIXELS // scale ** 2 if whole and not shrink else PIXELS
+        limit = LARGEST // scale ** 2 if whole and not shrink else LARGEST
         try:
             with open_image(path) as image:
                 width, height = image.size
@@ -616,8 +616,7 @@ def build_app(workshop, study):
             same, times = make_knob(), make_choice(("as its size asks", 0))
             with gr.Row():
                 go, end = gr.Button("Upscale all", variant="primary"), gr.Button("Cancel")
-            report = gr.Markdown()
-            archive = gr.File(label="All results as one ZIP", interactive=False)
+            report, archive = gr.Markdown(), gr.File(label="All results as one ZIP", interactive=False)
             gallery = gr.Gallery(label="Blurry enlargement (left) and ours (right)", object_fit="contain",
                                  interactive=False, buttons=[], elem_id="pairs")
             go.click(enlarge_all, [files, same, times], [gallery, archive, report], api_name="folder", **at_once)
@@ -680,7 +679,7 @@ def parse_arguments(argv=None):
     truth = parser.add_mutually_exclusive_group()
     truth.add_argument("--hr", type=Path, metavar="DIR", help="ground truth of the same names: score against it")
     truth.add_argument("--simulate", action="store_true", help="the inputs are HR: reduce them first")
-    add("--kernel", default="bicubic", choices=list(KERNELS), help="how --simulate reduces [%(default)s]")
+    add("--kernel", default="bicubic", choices=list(KERNELS), help="how HR is reduced [%(default)s]")
     add("--damage", default="none", choices=DAMAGES, help="what else --simulate does to the picture [%(default)s]")
     add("--scale", type=int, choices=[4, 8], help="enlargement: 8 is for faces of 12 to 20 pixels [4]")
     add("--checkpoint", type=Path, metavar="FILE", help="trained generator, of any scale [the shipped SRGAN]")
@@ -711,8 +710,9 @@ def parse_arguments(argv=None):
              "--photo needs INPUT, and does not go with --simulate, --hr or --added"),
             (args.scale and args.photo, "--photo chooses the enlargement of each face itself: leave out --scale"),
             ((args.enlarge or args.background) and not args.photo, "--enlarge and --background need --photo"),
-            (args.inputs and not args.simulate and (args.kernel, args.damage) != ("bicubic", "none"),
-             "--kernel and --damage need --simulate"),
+            (args.inputs and not args.simulate and not args.hr and (args.kernel, args.damage) != ("bicubic", "none"),
+             "--kernel and --damage need --simulate or --hr"),
+            (args.added and not args.strength, "--added shows the difference to --strength 0: leave that out"),
             (args.lpips and args.inputs and not args.simulate and not args.hr, "--lpips needs --simulate or --hr"),
             (args.study and not args.ui, "--study needs --ui"),
             (args.ui and (args.inputs or args.hr or args.simulate),

@@ -405,7 +405,7 @@ def report(scores, path):
 # People rate pictures from 1 to 5, without knowing how each was made.
 METHODS = ("original", "nearest", "bicubic", "SRResNet", "SRGAN")
 GRADES = ("bad", "poor", "fair", "good", "excellent")
-FACES, REPEATS = 20, 10     # in a study; some pictures come twice, to see how consistent a rater is
+STUDY_FACES, REPEATS = 20, 10     # in a study; some pictures come twice, to see how consistent a rater is
 ENOUGH = 6                  # ratings of a method, from which on an interval is given
 STUDY_ABSENT = """A blind study asks people how good pictures look, without telling them how each was made: the
 original, or one of four ways to enlarge it. It is started with a folder of sharp faces:
@@ -475,7 +475,7 @@ class Study:
         if ratings.exists():
             read_ratings(ratings)
         files = [path for path in find_images(folder) if not is_result(path)]
-        number = min(FACES, len(files))
+        number = min(STUDY_FACES, len(files))
         for path in (files[i * len(files) // number] for i in range(number)):
             try:
                 face = square_face(read_image(path)[0])

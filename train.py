@@ -55,7 +55,7 @@ LOG_EVERY = 10      # steps between looks at the losses; each look waits for the
 # Of the flags that are numbers: the least and the most that makes sense.
 BOUNDS = {"val_every": (1, 1e9), "save_every": (1, 1e9), "keep_every": (1, 1e9), "blocks": (1, 256),
           "channels": (1, 1024), "pretrain_steps": (0, 1e9), "gan_steps": (0, 1e9), "batch_size": (1, 65536),
-          "patch_size": (20, FACE_SIZE),
+          "patch_size": (20, FACE_SIZE), "discriminator_steps": (0, 1e9),
           "lr": (1e-12, 1), "gan_lr": (1e-12, 1), "discriminator_lr": (1e-12, 1), "seed": (0, 2**32)}
 BOUNDS |= {f"{name}_weight": (0, 1e9) for name in GeneratorLoss.TERMS}
 
@@ -298,6 +298,8 @@ class Stage:
         factor = learning_rate(self.step, self.steps)
         for optimizer in (self.g_optimizer, self.d_optimizer):
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
+        if self.gan and self.step < self.args.discriminator_steps:
+            self.g_optimizer.param_groups[0]["lr"] = 0
         lr, hr = self.batches(self.step)
         if self.scaler.is_enabled():
             scale, statistics = self.scaler.get_scale(), [buffer.clone() for buffer in self.statistics]
@@ -589,10 +591,13 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("recipe").add_argument
     add("--pretrain-steps", type=int, default=15000, metavar="N", help="steps of SRResNet, or 0 [%(default)s]")
     add("--gan-steps", type=int, default=1900, metavar="N", help="steps of SRGAN, or 0 [%(default)s]")
+    add("--discriminator-steps", type=int, default=0, metavar="N", help="in the first of them, only the discriminator "
+        "learns: for an SRGAN that begins with good weights [%(default)s]")
     add("--batch-size", type=int, help="patches per step, of all processes together; learning rates "
         "and steps are for this whole batch too [16; on CUDA 128]")
     add("--patch-size", type=int, default=96, help="HR pixels: a multiple of the scale, 20 to 128 [%(default)s]")
-    add("--degradation", default="mixed", choices=["bicubic", "mixed"], help="how LR is made [%(default)s]")
+    add("--degradation", default="mixed", choices=["bicubic", "mixed"], help="bicubic: faces as they are, reduced by "
+        "Pillow; mixed: in many ways, also zoomed, turned, damaged [%(default)s]")
     add("--fixed-batch-norm", action="store_true", help="batch norm of the generator keeps the statistics it starts "
         "with: to go on training good weights, faster, with small batches or on many GPUs")
     add("--lr", type=float, help="learning rate of SRResNet (Adam, constant, then a cosine) [4e-4; on CUDA 8e-4]")

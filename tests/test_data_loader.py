@@ -68,15 +68,18 @@ def test_downscale_is_quantised_and_antialiased():
     assert (downscale(checkers, 4) - 0.5).abs().max() < 0.05
 
 
-def test_ffhq_tree_gets_its_official_split(tmp_path):
-    """And the faces that the scores come from are left out of it."""
+def test_ffhq_tree_gets_its_official_split(tmp_path, capsys):
+    """And the faces that the scores come from are left out of it, elsewhere warned of."""
     for number in (0, 3, 999, 1000, 1098, 59999, 60000, 69999):
         write(
             tmp_path / "thumbnails128x128" / f"{number // 1000:02d}000" / f"{number:05d}.png", gradient(8, 8)
         )
     train, val = split_files([tmp_path])
     assert [path.stem for path in train] == ["00000", "00999", "01000", "59999"]
-    assert [path.stem for path in val] == ["60000", "69999"]
+    assert [path.stem for path in val] == ["60000", "69999"] and not capsys.readouterr().err
+    for name in data_loader.TESTED.read_text().split():
+        (tmp_path / f"{name}.png").touch()
+    assert len(split_files([tmp_path])[0]) > 100 and "200 pictures have names of" in capsys.readouterr().err
 
 
 def test_other_folders_split_by_name_for_good(tmp_path):
@@ -397,18 +400,19 @@ def test_every_face_is_seen_once_an_epoch_whole_patches_both_ways(faces):
 
 def test_patches_move_and_zoom_and_pair_up(faces):
     ramp = torch.from_numpy(gradient()).permute(2, 0, 1)[None].repeat(16, 1, 1, 1)
-    lr, hr = FaceBatches(ramp, 16, 64, degradation="bicubic")(0)
-    assert torch.equal(lr, downscale(hr, 4))
-    left, right = hr[:, 0, :, 0].mean(1), hr[:, 0, :, -1].mean(1)
-    assert torch.minimum(left, right).std() > 0.02  # different places
-    assert (left - right).abs().max() / (left - right).abs().min() > 1.2  # different sizes
+    for degradation in ("bicubic", "mixed"):
+        lr, hr = FaceBatches(ramp, 16, 64, degradation=degradation)(0)
+        left, right = hr[:, 0, :, 0].mean(1), hr[:, 0, :, -1].mean(1)
+        assert torch.minimum(left, right).std() > 0.02  # different places
+        sizes = (left - right).abs().max() / (left - right).abs().min()
+        assert sizes > 1.2 if degradation == "mixed" else sizes < 1.05 and torch.equal(lr, downscale(hr, 4))
 
 
 def test_some_patches_are_soft_in_both_so_that_nothing_is_drawn_on_backgrounds(monkeypatch):
     noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 128, 128), dtype=np.uint8))
 
     def roughness(soft):
-        monkeypatch.setattr(data_loader, "SOFT", soft)
+        monkeypatch.setattr(data_loader, "SOFTENED", soft)
         return FaceBatches(noise, 8, 64)(0)[1].diff(dim=-1).abs().mean((1, 2, 3))
 
     never, always, sometimes = map(roughness, (0, 1, 0.5))

@@ -170,6 +170,12 @@ def test_results_of_another_program_are_scored_as_they_are(run, tmp_path, faces,
     assert run(tmp_path / "theirs", "--hr", faces, output=tmp_path / "scores") == 0
     assert (tmp_path / "scores" / "metrics.csv").read_text() == ours and "upscaled" not in capsys.readouterr().out[-200:]
     assert results(tmp_path / "scores") == set() and (tmp_path / "scores" / "comparison.png").exists()
+    flags = "--hr", faces, "--kernel", "cv2-linear"     # our own, later, and as if they had been reduced otherwise
+    assert run(tmp_path / "out", *flags, output=tmp_path / "scores") == 0
+    again = (tmp_path / "scores" / "metrics.csv").read_text()
+    first, second = (next(csv.DictReader(text.splitlines())) for text in (ours, again))
+    assert len(again.splitlines()) == len(ours.splitlines()) and first["psnr"] == second["psnr"]
+    assert first["psnr_bicubic"] != second["psnr_bicubic"]
 
 
 def test_lpips_where_its_package_is_installed(run, tmp_path, faces, monkeypatch, capsys):
@@ -417,7 +423,7 @@ def test_ground_truth_that_does_not_fit_is_named(run, tmp_path, capsys):
     assert run(tmp_path / "lr", "--hr", tmp_path / "hr") == 1
     errors = capsys.readouterr().err
     assert "alone.png" in errors and "31x32" in errors
-    assert results(tmp_path / "out") == {"fits.png", "alone.png", "wrong.png"}
+    assert results(tmp_path / "out") == {"fits.png", "wrong.png"}     # without a truth, it may be anything
     with open(tmp_path / "out" / "metrics.csv", newline="") as file:
         assert [row["image"] for row in csv.DictReader(file)] == ["fits"]
 
@@ -468,6 +474,7 @@ def test_usage_errors_are_one_sentence_and_status_2(run, tmp_path, capsys):
         (tmp_path / "a.png", "--seed", "9" * 40),
         (tmp_path / "a.png", "--strength", "nan"),
         (tmp_path / "a.png", "--strength", 1.5),
+        (tmp_path / "a.png", "--strength", 0, "--added"),
         (tmp_path / "a.png", "--kernel", "cv2-linear"),
         (tmp_path / "a.png", "--damage", "blur"),
         ("--hr", tmp_path),

@@ -315,7 +315,9 @@ def test_the_losses_look_at_shifted_windows(stage, monkeypatch):
 
 def test_each_network_has_its_learning_rate(stage):
     for name, more, expected in (("srresnet", ["--lr", "5e-3"], [5e-3]), ("srgan", ["--gan-lr", "2e-3"], [2e-3, 2e-3]),
-                                 ("srgan", ["--gan-lr", "2e-3", "--discriminator-lr", "6e-3"], [2e-3, 6e-3])):
+                                 ("srgan", ["--gan-lr", "2e-3", "--discriminator-lr", "6e-3"], [2e-3, 6e-3]),
+                                 ("srgan", ["--discriminator-steps", "2", "--gan-lr", "2e-3"], [0, 2e-3]),
+                                 ("srgan", ["--discriminator-steps", "1", "--gan-lr", "2e-3"], [2e-3, 2e-3])):
         run = stage(name, *more)
         run.train_step()
         run.train_step()
