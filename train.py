@@ -37,7 +37,7 @@ from data_loader import FACE_SIZE, DataError, FaceBatches, load_split, simulate,
 from loss import (VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, compare, discriminator_loss, plot_comparison,
                   shifted, vgg_distance)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Discriminator, Generator,
-                   MovingAverage, Picture, device_name, load_checkpoint, load_plain, locked, save_checkpoint,
+                   Picture, device_name, load_checkpoint, load_plain, locked, save_checkpoint,
                    save_plain, select_device, select_dtype, synchronise_batch_norm, upscale_pictures)
 
 STAGES = ("srresnet", "srgan")
@@ -62,6 +62,24 @@ BOUNDS |= {f"{name}_weight": (0, 1e9) for name in GeneratorLoss.TERMS}
 
 class TrainingError(Exception):
     """Training cannot go on; the message is one sentence for the user."""
+
+
+class MovingAverage:
+    """Exponential moving average of a generator, batch-norm statistics included: moves `ema`, a copy of
+    `generator`, at each `update`. Both must stay on their device."""
+
+    def __init__(self, ema, generator, decay=0.999):
+        pairs = list(zip(ema.state_dict().values(), generator.state_dict().values()))
+        self.decay = decay
+        self.floats = [*map(list, zip(*(pair for pair in pairs if pair[0].is_floating_point())))]
+        self.counts = [*map(list, zip(*(pair for pair in pairs if not pair[0].is_floating_point())))]
+
+    @torch.no_grad()
+    def update(self, step):
+        """Move after a step. The decay grows from 0.1 with the steps: the first, poor weights are soon forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(*self.floats, 1 - decay)       # one kernel instead of hundreds
+        torch._foreach_copy_(*self.counts)
 
 
 def learning_rate(step, steps):

@@ -330,6 +330,22 @@ def test_strength_goes_from_the_faithful_network_to_the_vivid(run, tmp_path):
     assert run(tmp_path / "a.png", "--strength", "0.5", checkpoint=folder / "srgan_x4.pth") == 2
 
 
+def test_gray_and_sepia_pictures_stay_so_and_coloured_ones_coloured(shipped):
+    lr = simulate(sample_faces()["grace_hopper"], 4)[0]
+    gray = np.repeat(cv2.cvtColor(lr, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
+    sepia = (gray * (0.95, 0.8, 0.6) + 10).astype(np.uint8)
+    sr = {name: upscale(shipped, [picture])[0].astype(int)
+          for name, picture in (("colour", lr), ("gray", gray), ("sepia", sepia))}
+    assert np.ptp(sr["gray"], axis=2).max() == 0
+    tints = [picture[..., 0].astype(int) - picture[..., 2] for picture in (sr["sepia"], enlarge(sepia, 4))]
+    assert np.mean(tints[0] != tints[1]) < 0.02  # where black or white cuts it off
+    for picture in sr.values():  # the brightness is the network's
+        assert cv2.Laplacian(picture[..., 1].astype(float), -1).std() > 20
+    before = sr["colour"].astype(np.uint8)
+    model.keep_tone(lr, after := before.copy())
+    assert np.array_equal(before, after) and np.ptp(after, axis=2).max() > 100
+
+
 def test_added_detail_is_gray_where_nothing_was_added(shipped):
     lr = noise(16, 16)
     sr = upscale(shipped, [lr])[0]
