@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_output, enlarge, find_images,
                          find_inputs, is_result, open_image, printable, read_image, simulate, write_csv, write_png)
-from loss import (STUDY_ABSENT, LossError, Study, aimed, build_study, captioned_pairs, compare, fit, load_lpips,
+from loss import (LossError, Study, aimed, build_study, captioned_pairs, compare, fit, load_lpips,
                   photo_rows, photo_table, plot_comparison, pointed, report, report_study, sample_faces)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, AtWork, CheckpointError, DeviceError, Picture,
                    added_detail, enlargement, load_generator, locked, photo_sentence, read_extras, restore_photos,
@@ -169,8 +169,7 @@ def main(args):
     if (number := sum(side < TINY for side in sides)) and generator.scale == 4:
         print(f"hint: {number} of less than {TINY} pixels; for faces so small, --scale 8 is better")
     if number := sum(side > FACE_AT_MOST for side in sides):
-        print(f"hint: {number} of more than {FACE_AT_MOST} pixels, taken for one face each, of which the networks know "
-              "only smaller ones; --photo finds the faces")
+        print(f"hint: {number} of more than {FACE_AT_MOST} pixels, taken for one face each; --photo finds the faces")
     what, how = ("photograph", "") if args.photo else ("picture", f" upscaled {generator.scale}x" * (not finished))
     how += f" ({blurred} blurred, so reduced first to what they show)" * bool(blurred)
     print(f"{done} {what}{'s' * (done != 1)}{how} into {args.output} in {time.monotonic() - started:.1f} s on the "
@@ -406,7 +405,7 @@ class Workshop:
                 write_png(file, fit(large, SCREEN))
         line = "{1} x {0} → {3} x {2} pixels".format(*picture.lr.shape[:2], *sr.shape[:2])
         if photo:
-            line += f"; {photo_sentence(picture.patches)}"
+            line += f"; {photo_sentence(picture.patches)} (missed one? Point at it, below)"
             line += "" if restored else "; nothing was changed" if factor == 1 else "; only enlarged"
         line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
@@ -621,8 +620,9 @@ def build_app(workshop, study):
                                  interactive=False, buttons=[], elem_id="pairs")
             go.click(enlarge_all, [files, same, times], [gallery, archive, report], api_name="folder", **at_once)
             end.click(stop, None, report, api_visibility="private", queue=False)
-        with gr.Tab("Study"):
-            build_study(study, workshop.folder) if study else gr.Markdown(STUDY_ABSENT)
+        if study:
+            with gr.Tab("Study"):
+                build_study(study, workshop.folder)
         gr.Markdown(PRIVACY)
     return app.queue(default_concurrency_limit=1, max_size=256)
 

@@ -407,10 +407,6 @@ METHODS = ("original", "nearest", "bicubic", "SRResNet", "SRGAN")
 GRADES = ("bad", "poor", "fair", "good", "excellent")
 STUDY_FACES, REPEATS = 20, 10     # in a study; some pictures come twice, to see how consistent a rater is
 ENOUGH = 6                  # ratings of a method, from which on an interval is given
-STUDY_ABSENT = """A blind study asks people how good pictures look, without telling them how each was made: the
-original, or one of four ways to enlarge it. It is started with a folder of sharp faces:
-
-    python inference.py --ui --study FOLDER"""
 STUDY_WELCOME = """You will see faces, one at a time. **How good does each picture look?** Give 1 (bad) to 5
 (excellent), with the buttons or the keys 1 to 5; go by your first impression. Each answer is saved at once: you
 may stop at any time, and continue later under the same name. **Kept for good, other than pictures that are

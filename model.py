@@ -1,9 +1,8 @@
 """The two networks of SRGAN, the file that keeps them, the device that runs them, and what they do with pictures and
 the faces in photographs.
 
-Generator and Discriminator follow Ledig et al. 2017, "Photo-Realistic Single Image
-Super-Resolution Using a Generative Adversarial Network" (arXiv:1609.04802), section 2.1 and
-figure 4. Pictures are RGB tensors of shape (N, 3, H, W) with values in [0, 1] everywhere.
+Generator and Discriminator follow Ledig et al. 2017, "Photo-Realistic Single Image Super-Resolution Using a Generative
+Adversarial Network" (arXiv:1609.04802), section 2.1 and figure 4. Tensors of pictures are RGB in [0, 1], (N, 3, H, W).
 
     generator = load_checkpoint("checkpoints/srgan_x4.pth")[0]
     sr = generator(lr)                  # (N, 3, H, W) -> (N, 3, 4H, 4W), not clamped
@@ -447,7 +446,8 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
 def photo_sentence(patches):
     """Say what was done with the faces of a photograph."""
     numbers = Counter(patch.action for patch in patches)
-    parts = [f"{numbers['restored']} restored"]
+    tiny = sum(patch.action == "restored" and len(patch.lr) < TINY for patch in patches)
+    parts = [f"{numbers['restored']} restored" + f" ({tiny} of them nearly all invented)" * bool(tiny)]
     parts += [f"{numbers['sharp']} left as is (sharp already)"] * bool(numbers["sharp"])
     parts += [f"{numbers['kept']} left as is (as asked)"] * bool(numbers["kept"])
     parts += [f"{numbers['small']} too small"] * bool(numbers["small"])
