@@ -30,10 +30,9 @@ from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_o
                          find_inputs, is_result, open_image, printable, read_image, simulate, write_csv, write_png)
 from loss import (LossError, Study, aimed, build_study, captioned_pairs, compare, fit, load_lpips,
                   photo_rows, photo_table, plot_comparison, pointed, report, report_study, sample_faces)
-from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, AtWork, CheckpointError, DeviceError, Picture,
-                   added_detail, enlargement, load_generator, locked, photo_sentence, read_extras, restore_photos,
-                   select_device, shown_share, siblings, upscale, upscale_pictures, upscale_reduced, write_result,
-                   write_results)
+from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Networks, Picture,
+                   added_detail, enlargement, locked, photo_sentence, read_extras, restore_photos, select_device,
+                   shown_share, upscale, upscale_pictures, upscale_reduced, write_result, write_results)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 SHOWN = 12                  # pictures in the comparison figure
@@ -110,11 +109,8 @@ def main(args):
         failed(sentence)
     if args.inputs and not files:
         return 2
-    load = functools.partial(load_generator, device=device, precision=args.precision, flip=args.flip)
-    generator, faithful = load(args.checkpoint, args.strength), load(args.checkpoint, 0) if args.added else None
-
-    # The network for eight times, where there is one, once it is asked for.
-    tiny = functools.cache(lambda strength: (path := siblings(args.checkpoint).get(8)) and load(path, strength))
+    networks = Networks(args.checkpoint, device, args.precision, args.flip)
+    generator, faithful = networks(args.strength), networks(0) if args.added else None
     if args.scale not in (None, generator.scale):
         tqdm.write(f"warning: {args.checkpoint} enlarges {generator.scale} times, whatever --scale says", sys.stderr)
     lpips = load_lpips() if args.lpips else None
@@ -126,16 +122,16 @@ def main(args):
     pictures = read_pictures(args, files, generator.scale, taken, failed)
     if args.photo:
         results = restore_photos(generator, pictures, args.batch_size, args.enlarge, args.background,
-                                 tiny(args.strength))
+                                 networks.tiny(args.strength), networks.gentle(args.strength))
     else:
-        results = upscale_pictures(generator, pictures, args.batch_size, functools.partial(tiny, args.strength))
+        results = upscale_pictures(generator, pictures, args.batch_size, networks.tiny(args.strength))
     for picture, sr, writing in tqdm(write_results(results), "upscaling", len(files) or None, unit="picture",
                                      leave=False, disable=None):
         rows, line, show = [], {}, len(sheet) < SHOWN
         if args.photo:
             rows = photo_rows(picture, sr) if show else []
         elif picture.hr is not None or show:
-            added = added_detail(upscale_reduced(faithful, picture.lr, picture.share, functools.partial(tiny, 0)),
+            added = added_detail(upscale_reduced(faithful, picture.lr, picture.share, networks.tiny(0)),
                                  sr) if show and faithful else None
             row, line = compare(picture, sr, generator.scale, added, args.kernel, lpips)
             rows = [row]
@@ -287,20 +283,13 @@ class Workshop:
         self.args, self.folder, self.jobs = args, folder, {}
         self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
         self.device = select_device(args.device)
-        self.files = siblings(args.checkpoint)                                  # by scale
-        self.scale = next(scale for scale, path in self.files.items() if path == args.checkpoint)
-        self.has_knob = all(path.with_name(f"srresnet_x{scale}.pth").exists() for scale, path in self.files.items())
-        load = functools.partial(load_generator, device=self.device, precision=args.precision, flip=args.flip)
-        self.generator = functools.lru_cache(maxsize=48)(                       # the knob has 21 places
-            lambda strength, scale: load(self.files[scale], strength))
+        self.networks = Networks(args.checkpoint, self.device, args.precision, args.flip)
+        self.files, self.scale, self.has_knob = self.networks.files, self.networks.scale, self.networks.has_knob
         self.upscale(np.zeros((32, 32, 3), np.uint8), args.strength)            # the first one is slow
 
-    def network(self, strength, job=None, scale=None):
-        """The generator of a strength and scale, at work for a job. Raises UsageError for what is neither."""
-        if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
-            raise UsageError("Strength is a number from 0 to 1")
-        generator = self.generator(round(strength, 2), scale or self.scale)
-        return AtWork(generator, job or SimpleNamespace(gone=False), self.worker)
+    def at_work(self, job=None):
+        """The networks, at work for a job."""
+        return self.networks.at_work(job or SimpleNamespace(gone=False), self.worker)
 
     async def work(self, request, method, *arguments):
         """Carry out method(job, *arguments) in a thread: yield what it is at from time to time, at the end its result,
@@ -341,21 +330,23 @@ class Workshop:
                     if path not in kept and os.stat(path).st_mtime < time.time() - age:
                         os.unlink(path)
 
-    def upscale(self, lr, strength, job=None, scale=None):
-        return upscale(self.network(strength, job, scale), [lr])[0]
+    def upscale(self, lr, strength):
+        return upscale(self.at_work()(strength), [lr])[0]
 
     def suited(self, lr):
         """The enlargement that suits one face."""
         return 8 if max(lr.shape) < TINY and 8 in self.files else min(self.files)
 
-    def restore(self, job, picture, strength, photo, scale):
+    def restore(self, job, picture, strength, photo, scale, background=None):
         """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces."""
-        tiny = functools.partial(self.network, strength, job, 8) if 8 in self.files else None
+        if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+            raise UsageError("Strength is a number from 0 to 1")
+        networks = self.at_work(job)
         if not photo:
             picture.share = shown_share(picture.lr) if picture.hr is None else 1
-            return upscale_reduced(self.network(strength, job, scale), picture.lr, picture.share, tiny)
-        generator = self.network(strength, job, min(self.files))
-        [(_, sr)] = restore_photos(generator, [picture], self.args.batch_size, tiny=tiny and tiny())
+            return upscale_reduced(networks(strength, scale), picture.lr, picture.share, networks.tiny(strength))
+        generator, others = networks(strength, min(self.files)), (networks.tiny(strength), networks.gentle(strength))
+        [(_, sr)] = restore_photos(generator, [picture], self.args.batch_size, None, background, *others)
         return sr
 
     def read(self, path, output, scale, shrink=False, whole=True):
@@ -380,7 +371,7 @@ class Workshop:
             raise DataError(str(error).replace(str(path), path.name)) from None
         return Picture(path.stem, output, lr, alpha, hr, extras=read_extras(path))
 
-    def enlarge(self, job, path, strength, shrink, added, whole, scale, marked=()):
+    def enlarge(self, job, path, strength, shrink, added, whole, scale, marked=(), faces_only=False):
         """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, to fit a
         screen), LR, truth and what was invented, or None, a photograph's faces with captions, and a line about it."""
         started, folder = time.monotonic(), Path(tempfile.mkdtemp(dir=self.folder))
@@ -388,7 +379,7 @@ class Workshop:
             raise UsageError(f"Enlargement is one of {', '.join(map(str, sorted(self.files)))}")
         picture = replace(self.read(path, folder / f"{path.stem}_x{scale}.png", scale, shrink, whole), marked=marked)
         photo = not whole and not shrink and bool(max(picture.lr.shape) > FACE_AT_MOST or marked)
-        sr = self.restore(job, picture, strength, photo, scale)
+        sr = self.restore(job, picture, strength, photo, scale, "bicubic" if faces_only else None)
         factor = len(sr) // len(picture.lr)
         if photo:
             restored = any(patch.action == "restored" for patch in picture.patches)
@@ -405,7 +396,7 @@ class Workshop:
                 write_png(file, fit(large, SCREEN))
         line = "{1} x {0} → {3} x {2} pixels".format(*picture.lr.shape[:2], *sr.shape[:2])
         if photo:
-            line += f"; {photo_sentence(picture.patches)} (missed one? Point at it, below)"
+            line += f"; {photo_sentence(picture.patches)} (missed one? See below)"
             line += "" if restored else "; nothing was changed" if factor == 1 else "; only enlarged"
         line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
@@ -453,11 +444,11 @@ def build_app(workshop, study):
     # The file as it is: read_image says what is wrong with it. On the class, since Gradio makes the object anew.
     gr.Image.preprocess = lambda self, payload: payload and payload.path
 
-    async def upscale_one(photo, strength, shrink, added, whole, scale, marks, request: gr.Request):
+    async def upscale_one(photo, strength, shrink, added, whole, scale, only, marks, request: gr.Request):
         path, marked = Path(photo or examples.get(scale, "")), [mark for where, *mark in marks if where == photo]
         try:
             async for result in workshop.work(
-                    request, workshop.enlarge, path, strength, shrink, added, whole, scale, marked):
+                    request, workshop.enlarge, path, strength, shrink, added, whole, scale, marked, only):
                 if result is None or isinstance(result, str):       # cancelled, or at work
                     yield {cancel: gr.Button(interactive=bool(result))} | ({status: result} if result else {})
                 else:
@@ -586,6 +577,7 @@ def build_app(workshop, study):
                 added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob,
                                     info="The difference to the faithful result, around gray. Of one face only.")
                 whole = gr.Checkbox(label="Treat it as one face", info="Else a large picture is searched for faces.")
+                only = gr.Checkbox(label="Faces only", info="Of a photograph: the rest is enlarged, not sharpened.")
                 gr.Examples(samples, [photo, shrink, scale], label="Or try one of these", example_labels=titles)
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
@@ -593,8 +585,8 @@ def build_app(workshop, study):
             marks, found, origin, made = gr.State([]), gr.State({}), gr.State(), gr.State()
             clock = gr.Timer(20, active=False)
             at_once = dict(concurrency_limit=None, show_progress="hidden")
-            gr.on([photo.change, strength.change, shrink.input, added.input, whole.change, scale.input, marks.change],
-                  upscale_one, [photo, strength, shrink, added, whole, scale, marks],
+            gr.on([photo.change, strength.change, shrink.input, added.input, whole.change, scale.input, only.input,
+                   marks.change], upscale_one, [photo, strength, shrink, added, whole, scale, only, marks],
                   [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, added, status],
                   trigger_mode="multiple", api_name="upscale", **at_once)
             cancel.click(stop, None, status, api_name="cancel", queue=False)

@@ -9,6 +9,7 @@ Adversarial Network" (arXiv:1609.04802), section 2.1 and figure 4. Tensors of pi
 """
 import contextlib
 import copy
+import functools
 import hashlib
 import inspect
 import io
@@ -25,7 +26,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import ExifTags, Image
 from torch import nn
 from torch.nn import functional as F
@@ -232,11 +232,11 @@ def shown_share(lr):
 
 def upscale_reduced(generator, lr, share=1, tiny=None):
     """Enlarge one picture, reduced to a share of its pixels a side first, and by bicubic for the rest. `tiny`, a
-    function that gives a generator of scale 8 or None, is asked for one where fewer than TINY pixels remain."""
+    function that gives a generator of scale 8, or None, is asked where fewer than TINY pixels remain."""
     if share == 1:
         return upscale(generator, [lr])[0]
     sizes = [[max(1, round(side * factor)) for side in lr.shape[1::-1]] for factor in (share, generator.scale)]
-    network = (tiny() if tiny and max(sizes[0]) < TINY else None) or generator
+    network = tiny() if tiny and max(sizes[0]) < TINY else generator
     small = np.asarray(Image.fromarray(lr).resize(sizes[0], Image.Resampling.BICUBIC))
     return np.array(Image.fromarray(upscale(network, [small])[0]).resize(sizes[1], Image.Resampling.BICUBIC))
 
@@ -296,6 +296,7 @@ def added_detail(faithful, sr):
 
 SMALLEST = {4: 20, 8: 12}   # pixels of a frame from which a face can be made, by the largest scale at hand
 TINY = 24                   # pixels: below, eight times gives the better face (LPIPS 0.13 against 0.15 at 20)
+CLEAR = 76                  # pixels: from here on, half the strength is as good (LPIPS) and 0.7 dB nearer to the truth
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
 TILT, SURE = 10, 0.85       # degrees and score, from which on blurred faces are turned upright (LPIPS 0.051 for 0.068)
@@ -404,19 +405,22 @@ def enlargement(photo, factor=None):
     return factor or (4 if size <= 1e6 else 2 if size <= 4e6 else 1)
 
 
-def restore_photos(generator, photos, batch_size, factor=None, background=None, tiny=None):
+def restore_photos(generator, photos, batch_size, factor=None, background=None, tiny=None, gentle=None):
     """Yield (picture, sr) for each Picture of a photograph, in order; sr (NH, NW, 3) uint8, picture.patches its faces.
 
     `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
     rest is enlarged: by default with the network, where that is quick and no face is too sharp for it. Faces go through
-    it in batches, those of several photographs together; `tiny`, a generator of scale 8, takes those that show less
-    than TINY pixels.
+    it in batches, those of several photographs together. `tiny` and `gentle`, functions that give a generator, as those
+    of Networks, do so for faces of less than TINY and of CLEAR and more pixels.
     """
     def restore(group):
         patches = [patch for _, _, faces in group for patch in faces if patch.action == "restored"]
-        for small in (False, True):
-            chosen = [patch for patch in patches if (tiny is not None and len(patch.lr) < TINY) == small]
-            for patch, patch.sr in upscale_pictures(tiny if small else generator, chosen, batch_size):
+        chosen = {}
+        for patch in patches:
+            special = tiny if len(patch.lr) < TINY else gentle if len(patch.lr) >= CLEAR else None
+            chosen.setdefault(special, []).append(patch)
+        for special, alike in chosen.items():
+            for patch, patch.sr in upscale_pictures(special() if special else generator, alike, batch_size):
                 pass
         for picture, number, picture.patches in group:
             megapixels = picture.lr.shape[0] * picture.lr.shape[1] / 1e6
@@ -530,48 +534,6 @@ class Discriminator(nn.Module):
         return self.classifier(features).float().flatten()  # (N,)
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes; so is its gradient."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _SumOverProcesses.apply(gradient)
-
-
-class _ProcessesBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batch of all processes, on any device; unlike torch's SyncBatchNorm it never makes
-    the host wait for a GPU."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        values = x.float().transpose(0, 1).flatten(1)                   # (C, N * H * W)
-        moments = torch.stack([values.mean(1), values.square().mean(1)])
-        mean, square = _SumOverProcesses.apply(moments) / dist.get_world_size()
-        variance = square - mean.square()
-        with torch.no_grad():
-            count = values.shape[1] * dist.get_world_size()
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        slope = self.weight * torch.rsqrt(variance + self.eps)
-        offset = self.bias - mean * slope
-        return (x * slope[:, None, None] + offset[:, None, None]).to(x.dtype)
-
-
-def synchronise_batch_norm(network):
-    """Let every batch norm of `network` see the batch of all processes, not its own share only."""
-    for module in network.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = _ProcessesBatchNorm
-
-
 def save_plain(path, content):
     """Write tensors, numbers, strings, lists and dicts of them as one .pth file, whole or not at all."""
     with io.BytesIO() as buffer:    # torch.save into a file hides why it cannot be written
@@ -673,6 +635,35 @@ def load_generator(checkpoint, strength=1, device=torch.device("cpu"), precision
         generator = interpolate(load_checkpoint(path)[0], generator, strength)
     generator = generator.for_inference(select_dtype(precision, device)).to(device)
     return FlipEnsemble(generator) if flip else generator
+
+
+class Networks:
+    """A checkpoint, and the SRResNet and those of the other scale that lie beside it, as generators that are ready for
+    inference: networks(strength, scale), each loaded when it is first asked for; by default, its own scale."""
+
+    def __init__(self, checkpoint, device=torch.device("cpu"), precision="float32", flip=False):
+        self.files = siblings(checkpoint)                                       # by scale
+        self.scale = next(scale for scale, path in self.files.items() if path == checkpoint)
+        self.has_knob = all(path.with_name(f"srresnet_x{scale}.pth").exists() for scale, path in self.files.items())
+        self.load = functools.lru_cache(maxsize=48)(                            # the knob has 21 places
+            lambda strength, scale: load_generator(self.files[scale], strength, device, precision, flip))
+
+    def __call__(self, strength=1, scale=None):
+        return self.load(round(strength, 2), scale or self.scale)
+
+    def at_work(self, job, worker):
+        """The same for a job, whose tiles take turns with those of others."""
+        networks = copy.copy(self)
+        networks.load = lambda strength, scale: AtWork(self.load(strength, scale), job, worker)
+        return networks
+
+    def tiny(self, strength):
+        """A function that gives the generator for faces below TINY pixels, or None."""
+        return functools.partial(self, strength, 8) if 8 in self.files else None
+
+    def gentle(self, strength):
+        """A function that gives the generator for faces from CLEAR pixels on, or None."""
+        return functools.partial(self, strength / 2) if self.has_knob and self.scale == 4 else None
 
 
 def siblings(checkpoint):

@@ -38,7 +38,7 @@ from loss import (VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, compare, di
                   shifted, vgg_distance)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Discriminator, Generator,
                    Picture, device_name, load_checkpoint, load_plain, locked, save_checkpoint,
-                   save_plain, select_device, select_dtype, synchronise_batch_norm, upscale_pictures)
+                   save_plain, select_device, select_dtype, upscale_pictures)
 
 STAGES = ("srresnet", "srgan")
 STATE = "training_state.pth"
@@ -80,6 +80,48 @@ class MovingAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(*self.floats, 1 - decay)       # one kernel instead of hundreds
         torch._foreach_copy_(*self.counts)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _SumOverProcesses.apply(gradient)
+
+
+class _ProcessesBatchNorm(torch.nn.BatchNorm2d):
+    """Batch norm over the batch of all processes, on any device; unlike torch's SyncBatchNorm it never makes
+    the host wait for a GPU."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        values = x.float().transpose(0, 1).flatten(1)                   # (C, N * H * W)
+        moments = torch.stack([values.mean(1), values.square().mean(1)])
+        mean, square = _SumOverProcesses.apply(moments) / dist.get_world_size()
+        variance = square - mean.square()
+        with torch.no_grad():
+            count = values.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        slope = self.weight * torch.rsqrt(variance + self.eps)
+        offset = self.bias - mean * slope
+        return (x * slope[:, None, None] + offset[:, None, None]).to(x.dtype)
+
+
+def synchronise_batch_norm(network):
+    """Let every batch norm of `network` see the batch of all processes, not its own share only."""
+    for module in network.modules():
+        if type(module) is torch.nn.BatchNorm2d:
+            module.__class__ = _ProcessesBatchNorm
 
 
 def learning_rate(step, steps):

@@ -102,10 +102,11 @@ def command(app, output, *arguments):
     return np.array(Image.open(output / f"{Path(arguments[0]).stem}.png"))
 
 
-def upscale(client, path, strength=1.0, shrink=False, added=False, whole=False, scale=4):
+def upscale(client, path, strength=1.0, shrink=False, added=False, whole=False, scale=4, only=False):
     """Call the Upscale tab: a namespace of pictures (None where there is none) and the line of text."""
     path = path and handle_file(path)
-    *outputs, eightfold, invent, line = client.predict(path, strength, shrink, added, whole, scale, api_name="/upscale")
+    settings = strength, shrink, added, whole, scale, only
+    *outputs, eightfold, invent, line = client.predict(path, *settings, api_name="/upscale")
     gallery = outputs.pop(4).get("value") or []
     faces = [(np.array(Image.open(face["image"])), face["caption"]) for face in gallery]
     files = [part["value"] if isinstance(part, dict) and "value" in part else part for part in outputs]
@@ -175,6 +176,9 @@ def test_a_photograph_is_searched_for_faces(app, client, tmp_path):
     assert np.array_equal(result.download, command(app, tmp_path / "out", path, "--photo"))
     assert [caption.split(":")[0] for _, caption in result.faces] == ["1"]
     assert result.faces[0][0].shape == (256, 512, 3) and "restored" in result.faces[0][1]
+    faces_only = upscale(client, path, only=True)
+    assert np.array_equal(faces_only.download, command(app, tmp_path / "out", path, "--photo", "--background", "bicubic"))
+    assert (faces_only.download != result.download).any()
     Image.fromarray(np.hstack([small, small])).save(tmp_path / "two.png")
     result = upscale(client, tmp_path / "two.png")
     [(overview, title), *faces] = result.faces
@@ -491,7 +495,7 @@ def test_nobody_fills_the_queue_and_who_leaves_is_dropped(workshop):
     large = np.zeros((600, 700, 3), np.uint8)
 
     def work(job):
-        return upscale_picture(workshop.network(1, job), [large])
+        return upscale_picture(workshop.at_work(job)(1), [large])
 
     async def last(requests):
         async for result in requests:
@@ -519,10 +523,10 @@ def test_nobody_fills_the_queue_and_who_leaves_is_dropped(workshop):
 def test_a_large_picture_does_not_hold_up_a_face(workshop):
     """The face comes after the tile that is being computed and one that may wait already; the others after it."""
     begun, widths = threading.Event(), []
-    workshop.generator(1, 4).register_forward_pre_hook(
+    workshop.networks(1, 4).register_forward_pre_hook(
         lambda _, inputs: widths.append(inputs[0].shape[-1]) or begun.set())
     with ThreadPoolExecutor() as pool:
-        large = pool.submit(upscale_picture, workshop.network(1), [np.zeros((600, 600, 3), np.uint8)])
+        large = pool.submit(upscale_picture, workshop.at_work()(1), [np.zeros((600, 600, 3), np.uint8)])
         assert begun.wait(20)
         assert workshop.upscale(np.zeros((32, 32, 3), np.uint8), 1).shape == (128, 128, 3)
         assert large.result().shape == (1, 2400, 2400, 3)

@@ -18,7 +18,7 @@ import model
 from data_loader import DataError, enlarge, find_faces, read_image, resize_square, working_size
 from inference import CHECKPOINT, Picture, restore_photos, upscale
 from loss import aimed, pointed, psnr
-from model import blockiness, load_checkpoint
+from model import CLEAR, blockiness, load_checkpoint
 
 GRAY = 110
 
@@ -177,7 +177,7 @@ def test_of_a_very_blurred_face_the_eightfold_network_makes_a_face(portraits, ge
     photo, [(x, y, side, _)] = compose(portraits, [("hopper", 110, 0, 20, 20)], 180, 180)
     for sigma, size in ((0.01, None), (0.02, 32), (0.045, 16)):
         blurred = cv2.GaussianBlur(photo, (0, 0), sigma * side)
-        results = [restore(generator, blurred, factor=1, tiny=network) for network in (None, tiny)]
+        results = [restore(generator, blurred, factor=1, tiny=network and (lambda: network)) for network in (None, tiny)]
         [patch] = results[1][1]
         assert patch.working_size == (size or patch.working_size) and (patch.working_size > 32) == (size is None)
     eyes = np.s_[int(y - 0.15 * side):int(y + 0.1 * side), int(x - 0.25 * side):int(x + 0.25 * side)]
@@ -248,20 +248,25 @@ def test_faces_of_several_photographs_share_a_batch(portraits, generator):
         assert np.abs(alone.astype(int) - sr).max() <= 1
 
 
-def test_tiny_faces_go_through_the_network_for_eight_times(portraits, generator):
-    """Where there is one; those that it cannot help, and without it those of fewer than 20 pixels, are left alone."""
-    photo, _ = compose(portraits, [("hopper", 14, 0, 10, 10), ("astronaut", 22, 0, 40, 10), ("hopper", 36, 0, 90, 5)],
-                       160, 60)
-    eight, seen = load_checkpoint(CHECKPOINT.with_name("srgan_x8.pth"))[0].for_inference(), []
-    eight.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[-1]))
+def test_tiny_and_clear_faces_go_through_other_networks(portraits, generator):
+    """Where there are some; those that they cannot help, and without them those of fewer than 20 pixels, are left."""
+    photo, _ = compose(portraits, [("hopper", 14, 0, 10, 10), ("astronaut", 25, 0, 40, 10), ("hopper", 36, 0, 90, 5),
+                                   ("astronaut", 88, 0, 140, 5)], 260, 130)
+    seen, networks = {"srgan_x8": [], "srresnet_x4": []}, []
+    for name, sides in seen.items():
+        networks.append(load_checkpoint(CHECKPOINT.with_name(f"{name}.pth"))[0].for_inference())
+        networks[-1].register_forward_hook(lambda _, inputs, output, sides=sides: sides.append(inputs[0].shape[-1]))
     sr, patches = restore(generator, photo, background="bicubic")
-    assert [patch.action for patch in patches] == ["small", "restored", "restored"] and not seen
-    better, patches = restore(generator, photo, background="bicubic", tiny=eight)
-    assert [patch.action for patch in patches] == ["restored"] * 3
-    assert sorted(seen) == [patch.side for patch in patches[:2]] and patches[2].side >= 30
-    assert [len(patch.sr) // len(patch.lr) for patch in patches] == [8, 8, 4]
-    left = 4 * patches[2].left - 4
-    assert np.array_equal(better[:, left:], sr[:, left:]) and not np.array_equal(better[:, :left], sr[:, :left])
+    assert [patch.action for patch in patches] == ["small"] + ["restored"] * 3
+    tiny, clear = networks
+    better, patches = restore(generator, photo, background="bicubic", tiny=lambda: tiny, gentle=lambda: clear)
+    assert [patch.action for patch in patches] == ["restored"] * 4
+    assert sorted(seen["srgan_x8"]) == [patch.side for patch in patches[:2]] and 30 <= patches[2].side < CLEAR
+    assert seen["srresnet_x4"] == [patches[3].side]
+    assert [len(patch.sr) // len(patch.lr) for patch in patches] == [8, 8, 4, 4]
+    usual = np.s_[:, 4 * patches[2].left:4 * (patches[2].left + patches[2].side)]
+    assert np.array_equal(better[usual], sr[usual]) and (better != sr).any((0, 2))[:4 * patches[2].left].any()
+    assert (better != sr).any((0, 2))[4 * patches[3].left:].any()
 
 
 def test_a_click_means_the_face_that_was_found_there(portraits):
