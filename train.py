@@ -161,15 +161,16 @@ def plot_curves(log, path):
                        "mean D(real) and D(fake)"), figure.subplots(2, 2).flat))
     psnr, vgg, losses, outputs = panels.values()
 
-    def draw(axes, label, stage, value):
+    def draw(axes, label, stage, value, colour=None):
         points = [(line["step"], value(line)) for line in lines if line["stage"] == stage]
-        axes.plot(*zip(*points), marker=".", label=label)
+        axes.plot(*zip(*points), marker=".", label=label, color=colour)
 
     for stage in dict.fromkeys(line["stage"] for line in lines):
         last = [line for line in lines if line["stage"] == stage][-1]
-        draw(psnr, stage, stage, lambda line: line["psnr"])
+        colour = f"C{STAGES.index(stage)}"
+        draw(psnr, stage, stage, lambda line: line["psnr"], colour)
         if "vgg" in last:
-            draw(vgg, stage, stage, lambda line: line["vgg"])
+            draw(vgg, stage, stage, lambda line: line["vgg"], colour)
         for name in last["train"]:
             draw(outputs if name.startswith("d_") else losses, f"{name}, {stage}", stage,
                  lambda line, name=name: line["train"][name])
@@ -177,7 +178,7 @@ def plot_curves(log, path):
     losses.set_yscale("log")
     outputs.set_ylim(0, 1)
     for title, axes in panels.items():
-        axes.set(title=title, xlabel="step of the stage")
+        axes.set(title=title, xlabel="step of the stage", xlim=(0, None))
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))      # beside the lines
