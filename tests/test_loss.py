@@ -153,8 +153,8 @@ def test_luma_is_bt601_studio_range():
     np.testing.assert_allclose(luma(colours), [[16, 235, 81.481, 40.966]])
 
 
-def picture(name, lr, hr=None):
-    return SimpleNamespace(name=name, lr=lr, hr=hr)
+def picture(name, lr, hr=None, sr=None):
+    return SimpleNamespace(name=name, lr=lr, hr=hr, sr=None)
 
 
 def test_a_large_picture_is_compared_where_it_has_most_detail():
