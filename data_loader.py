@@ -319,6 +319,7 @@ DETECTOR = Path(__file__).resolve().parent / "checkpoints" / "face_detection_yun
 DETECTION_SIDES = (320, 640, 1280, 2560)    # the longest side, in pixels, at which a photograph is shown to it
 PROPOSAL_SCORE, DETECTION_SCORE = 0.5, 0.8  # at first sight; looked at again: below, coffee cups become faces
 CLOSE = 128                                 # pixels a side of that second look
+SAME = 255**2 / 10**3.7                     # mean squared error, of a PSNR of 37 dB, below which pictures look the same
 SHARP, MIRRORED = 80, 0.12                  # of a face to train on: least working size, most of its side outside
 
 
@@ -440,11 +441,10 @@ def working_size(square):
         again = resize_square(resize_square(square, side), len(square))
         return np.square(square[middle, middle].astype(np.float32) - again[middle, middle]).mean()
 
-    fine = 255**2 / 10**3.7
-    if len(square) > 16 and error(14) < max(0.08 * error(7), min(fine, 0.2 * error(7))):
+    if len(square) > 16 and error(14) < max(0.08 * error(7), min(SAME, 0.2 * error(7))):
         return 16
     for side in (32, 36, 40, 46, 52, 60, 70, 80, 96, 112, 128, 160, 192, 224):
-        if side < 0.95 * len(square) and (error(side) < fine or error(side) < 0.12 * error(side // 2)):
+        if side < 0.95 * len(square) and (error(side) < SAME or error(side) < 0.12 * error(side // 2)):
             return side
     return len(square)
 

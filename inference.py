@@ -104,7 +104,7 @@ def main(args):
         tqdm.write(f"inference.py: {sentence}", file=sys.stderr)
 
     device = select_device(args.device)
-    files, bad_inputs = find_inputs(args.inputs, args.output, args.hr)
+    files, bad_inputs = find_inputs(args.inputs, args.output, results=bool(args.hr))
     for sentence in bad_inputs:
         failed(sentence)
     if args.inputs and not files:
@@ -219,7 +219,8 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 #stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto}
 #stimulus .icon-button-wrapper, footer {display: none} #grades {flex-wrap: nowrap; gap: 6px; align-items: stretch}
 #grades button {font: 500 min(.9rem, 3vw) system-ui; padding: 12px 2px}
-#results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal} @media (max-width: 700px) {
+#results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal}
+@media (max-width: 700px) {
     #work {display: flex} #show {display: contents} #knobs {order: 1} #more {order: 2}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
     :is(#faces, #pairs) .grid-wrap {max-height: none !important} .caption-label {font-size: 10px !important}
@@ -232,7 +233,8 @@ document.addEventListener("keydown", event => {
     const button = /^[1-5]$/.test(event.key) && document.getElementById("rate-" + event.key);
     if (button && button.offsetParent && !event.repeat) button.click();
     const line = event.target.closest("[data-testid=slider]");
-    const step = {ArrowLeft: -16, ArrowRight: 16, Home: -1e4, End: 1e4}[event.key]; if (line && step) {
+    const step = {ArrowLeft: -16, ArrowRight: 16, Home: -1e4, End: 1e4}[event.key];
+    if (line && step) {
         const {x, y, width} = line.getBoundingClientRect(), centre = x + width / 2;
         const image = line.closest("#compare").querySelector("img"), box = image.getBoundingClientRect();
         const half = Math.min(box.width, box.height * image.naturalWidth / image.naturalHeight) / 2;
@@ -240,7 +242,8 @@ document.addEventListener("keydown", event => {
         for (const [type, place] of [["mousedown", centre], ["mousemove", end], ["mouseup", end]])
             (type == "mousedown" ? line : window).dispatchEvent(new MouseEvent(
                 type, {clientX: place, clientY: y + 9, view: window, bubbles: true}));
-        line.setAttribute("aria-valuenow", Math.round(50 + 50 * (end - middle) / half)); event.preventDefault();
+        line.setAttribute("aria-valuenow", Math.round(50 + 50 * (end - middle) / half));
+        event.preventDefault();
     }
 });
 const name = (selector, names) => document.querySelectorAll(selector).forEach(element => {
@@ -675,13 +678,15 @@ def parse_arguments(argv=None):
     add("--damage", default="none", choices=DAMAGES, help="what else --simulate does to the picture [%(default)s]")
     add("--scale", type=int, choices=[4, 8], help="enlargement: 8 is for faces of 12 to 20 pixels [4]")
     add("--checkpoint", type=Path, metavar="FILE", help="trained generator, of any scale [the shipped SRGAN]")
-    add("--strength", type=float, default=1.0, help="0: faithful, the SRResNet beside the checkpoint; 1: vivid [1]")
+    add("--strength", type=float, default=1.0, help="from 0, faithful: the SRResNet that lies beside the checkpoint, "
+        "to 1, vivid: the checkpoint itself [%(default)s]")
     add("--lpips", action="store_true", help="score LPIPS too, with --simulate or --hr; needs pip install lpips")
     add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
     add("--flip", action="store_true", help="average with the mirrored picture's result: more faithful, half as fast")
     add("--photo", action="store_true", help="the inputs are photographs: find and restore their faces")
     add("--enlarge", type=int, choices=[1, 2, 4], help="of a photograph [4 up to 1 megapixel, 2 up to 4, else 1]")
-    add("--background", choices=["network", "bicubic"], help="the rest of a photograph [network for half a megapixel]")
+    add("--background", choices=["network", "bicubic"], help="how the rest of a photograph is enlarged 4 "
+        "times [network up to half a megapixel where no face is left alone; else, and 1 or 2 times, bicubic]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="auto", choices=PRECISIONS, help=PRECISION_HELP)
     add("--batch-size", type=int, default=16, help="pictures of one size at a time [%(default)s]")
