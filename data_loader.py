@@ -263,13 +263,7 @@ def split_files(train_dirs, val_dir=None):
 
 def square_face(picture):
     """Cut the centre square of an (H, W, 3) uint8 picture and resize it to 128x128, antialiased."""
-    height, width = picture.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    picture = picture[top:top + side, left:left + side]
-    if side != FACE_SIZE:
-        picture = np.array(Image.fromarray(picture).resize((FACE_SIZE,) * 2, Image.Resampling.LANCZOS))
-    return picture
+    return np.array(ImageOps.fit(Image.fromarray(picture), (FACE_SIZE,) * 2, Image.Resampling.LANCZOS))
 
 
 @functools.lru_cache(maxsize=1)     # both stages of a training may use the same faces
