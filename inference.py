@@ -60,7 +60,7 @@ def read_pictures(args, files, scale, taken, failed):
                 (lr, hr), alpha = simulate(lr, scale, args.kernel, args.damage), None
             elif args.hr:
                 if (truth := truths.get(relative.with_suffix(""))) is None:
-                    if is_result(path):         # as comparison.png
+                    if is_result(path) and path.name.startswith("comparison"):
                         continue
                     raise DataError(f"{path}: no ground truth of this name in {args.hr}, so left out")
                 try:
@@ -166,7 +166,10 @@ def main(args):
         print(f"hint: {number} of less than {TINY} pixels; for faces so small, --scale 8 is better")
     if number := sum(side > FACE_AT_MOST for side in sides):
         print(f"hint: {number} of more than {FACE_AT_MOST} pixels, taken for one face each; --photo finds the faces")
-    what, how = ("photograph", "") if args.photo else ("picture", f" upscaled {generator.scale}x" * (not finished))
+    if args.hr and len(scores) < (number := len(find_images(args.hr))):
+        print(f"hint: {len(scores)} of the {number} pictures in {args.hr} count in the means")
+    deed = "scored as results of" if finished else "upscaled"
+    what, how = ("photograph", "") if args.photo else ("picture", f" {deed} {generator.scale}x")
     how += f" ({blurred} blurred, so reduced first to what they show)" * bool(blurred)
     print(f"{done} {what}{'s' * (done != 1)}{how} into {args.output} in {time.monotonic() - started:.1f} s on the "
           f"{device.type}" + f"; compare: {comparison}" * bool(sheet))

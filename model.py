@@ -125,16 +125,20 @@ class Generator(nn.Module):
         return sr + bicubic(lr, self.scale) if self.bicubic_residual else sr
 
     def for_inference(self, dtype=torch.float32):
-        """Return a frozen copy for inference, computing in `dtype`: batch norm folded into the convolutions before it,
-        activations in place, channels-last. It takes float32 pictures and returns what `eval()` does, to rounding."""
+        """Return a frozen copy for inference, computing in `dtype`: batch norm folded into the convolution before it,
+        if there is one, activations in place, channels-last. It takes float32 pictures and returns what `eval()` does,
+        to rounding, for other layers in `Sequential`s too."""
         net = copy.deepcopy(self).eval().requires_grad_(False)
         for module in list(net.modules()):
             if isinstance(module, nn.Sequential):
-                for i, layer in enumerate(list(module)):
-                    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                        module[i - 1], module[i] = fuse_conv_bn_eval(module[i - 1], layer), nn.Identity()
-                    elif isinstance(layer, nn.PReLU) and layer.weight.numel() == 1:     # LeakyReLU can work in place
-                        module[i] = nn.LeakyReLU(layer.weight.item(), inplace=True)
+                layers = list(module)
+                for i, (before, layer) in enumerate(zip([None, *layers], layers)):
+                    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and isinstance(before, nn.Conv2d):
+                        module[i - 1], module[i] = fuse_conv_bn_eval(before, layer), nn.Identity()
+                    elif isinstance(layer, nn.PReLU) and layer.weight.numel() == 1:
+                        # LeakyReLU can work in place, but on what a layer has just made: an input is needed elsewhere.
+                        module[i] = nn.LeakyReLU(layer.weight.item(), inplace=isinstance(
+                            before, (nn.Conv2d, nn.BatchNorm2d, nn.PixelShuffle)))
         return net.to(dtype, memory_format=torch.channels_last)
 
 
@@ -496,8 +500,10 @@ def shuffled_conv(features, conv):
     The convolution is carried out on the small grid: its kernel, shifted by 0 or 1 for each of the four
     sub-pixels of the result and unshuffled like a picture, becomes one of half the size. The tail's three
     output channels keep a processor's wide registers mostly idle; twelve fill them.
-    (N, 4C, H, W) -> (N, outputs, 2H, 2W), for a kernel of 4k + 1 and padding 2k.
+    (N, 4C, H, W) -> (N, outputs, 2H, 2W); kernels other than of 4k + 1 with padding 2k take the usual way.
     """
+    if conv.bias is None or conv.kernel_size[0] % 4 != 1 or conv.padding[0] != conv.kernel_size[0] // 2:
+        return conv(F.pixel_shuffle(features, 2))
     kernel = F.pad(conv.weight, (1, 1, 1, 1))               # (outputs, C, 4k + 3, 4k + 3)
     size = kernel.shape[-1] - 1
     kernel = torch.stack([F.pixel_unshuffle(kernel[..., y:y + size, x:x + size], 2)

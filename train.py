@@ -2,7 +2,7 @@
 
     python train.py --dry-run                                   # the whole line in seconds
     python train.py --train-dir thumbnails128x128               # both stages
-    python train.py --output checkpoints --resume               # go on after any interruption
+    python train.py --output runs --resume                      # go on after any interruption
     torchrun --nproc-per-node 2 train.py --train-dir ...        # several processes
 
 --output receives srresnet_x4.pth and srgan_x4.pth (the best of each stage), training_state.pth
@@ -628,7 +628,7 @@ def parse_arguments(argv=None):
     add("--val-dir", metavar="DIR", help="faces to validate on (default: a part of the training folders)")
     add("--init", type=Path, metavar="FILE", help="checkpoint to start from, of this scale or a smaller one "
         "(default: SRResNet from random weights, SRGAN from the SRResNet in --output)")
-    add("--output", type=Path, metavar="DIR", help="for checkpoints, state and log (default: checkpoints; "
+    add("--output", type=Path, metavar="DIR", help="for checkpoints, state and log (default: runs; "
         "with --dry-run a temporary folder)")
     add("--resume", action="store_true", help="go on with the training in --output, with its flags")
     add("--dry-run", action="store_true", help="prove the whole line, but for VGG, on generated faces, in seconds")
@@ -676,7 +676,7 @@ def parse_arguments(argv=None):
     parser.set_defaults(**DEFAULTS[select_device(args.device).type])
     stored = {}
     if args.resume:
-        args.output = args.output or Path("checkpoints")
+        args.output = args.output or Path("runs")
         if not (args.output / STATE).exists():
             raise TrainingError(f"{args.output} holds no {STATE}, so there is nothing to --resume")
         stored = read_state(args.output / STATE)["args"] | {"output": args.output, "resume": True}
@@ -717,7 +717,7 @@ def run(argv=None):
             if args.dry_run and not args.train_dir:
                 draw_faces(folder)
                 args.train_dir = [folder]
-            args.output = args.output or (Path(folder, "output") if args.dry_run else Path("checkpoints"))
+            args.output = args.output or (Path(folder, "output") if args.dry_run else Path("runs"))
             args.output.mkdir(parents=True, exist_ok=True)
             with locked(args.output) if int(os.environ.get("RANK", 0)) == 0 else nullcontext(True) as mine:
                 if not mine:

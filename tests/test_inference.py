@@ -176,6 +176,12 @@ def test_results_of_another_program_are_scored_as_they_are(run, tmp_path, faces,
     first, second = (next(csv.DictReader(text.splitlines())) for text in (ours, again))
     assert len(again.splitlines()) == len(ours.splitlines()) and first["psnr"] == second["psnr"]
     assert first["psnr_bicubic"] != second["psnr_bicubic"]
+    capsys.readouterr()
+    fewer = tmp_path / "fewer"
+    for path in find_images(faces)[1:]:
+        save(fewer / path.relative_to(faces), read_image(path)[0])
+    assert run(tmp_path / "out", "--hr", fewer, output=tmp_path / "scores") == 1   # one has no truth: it is named
+    assert "no ground truth" in capsys.readouterr().err
 
 
 def test_lpips_where_its_package_is_installed(run, tmp_path, faces, monkeypatch, capsys):
@@ -437,8 +443,8 @@ def test_ground_truth_that_does_not_fit_is_named(run, tmp_path, capsys):
     save(tmp_path / "hr" / "fits.jpg", noise(32, 32))
     save(tmp_path / "hr" / "wrong.png", noise(32, 31))
     assert run(tmp_path / "lr", "--hr", tmp_path / "hr") == 1
-    errors = capsys.readouterr().err
-    assert "alone.png" in errors and "31x32" in errors
+    printed, errors = capsys.readouterr()
+    assert "alone.png" in errors and "31x32" in errors and "hint: 1 of the 2 pictures in" in printed
     assert results(tmp_path / "out") == {"fits.png", "wrong.png"}     # without a truth, it may be anything
     with open(tmp_path / "out" / "metrics.csv", newline="") as file:
         assert [row["image"] for row in csv.DictReader(file)] == ["fits"]

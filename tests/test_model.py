@@ -123,7 +123,8 @@ def test_shipped_weights_give_the_textbooks_picture(dtype, most, rare):
 
 
 def test_a_changed_layer_is_named_and_runs_in_inference(monkeypatch):
-    """Slopes per channel stay PReLU; the shipped weights, which do not fit then, say where."""
+    """Slopes per channel, blocks that begin with the activation or the norm, a smaller tail; the shipped weights, which
+    do not fit then, say where."""
     plain = Generator.__init__
 
     @functools.wraps(plain)
@@ -131,12 +132,17 @@ def test_a_changed_layer_is_named_and_runs_in_inference(monkeypatch):
         plain(self, *arguments, **options)
         self.head[1] = nn.PReLU(self.head[0].out_channels)
         nn.init.uniform_(self.head[1].weight, -1, 1)
+        for block, order in zip(self.body, ((1, 2, 0, 3, 4), (2, 1, 0, 3, 4))):
+            for place, layer in enumerate([block[i] for i in order]):
+                block[place] = layer
+        self.tail = nn.Conv2d(self.head[0].out_channels, 3, 3, padding=1)
+        randomise_norms(self)
 
     monkeypatch.setattr(Generator, "__init__", changed)
-    generator, lr = Generator(blocks=1, channels=8).eval(), torch.rand(1, 3, 16, 16)
+    generator, lr = Generator(blocks=2, channels=8).eval(), torch.rand(1, 3, 16, 16)
     with torch.no_grad():
         assert (generator.for_inference()(lr) - generator(lr)).abs().max() < 1e-5
-    with pytest.raises(CheckpointError, match="does not fit .*'head.1.weight'"):
+    with pytest.raises(CheckpointError, match="does not fit .*'body.0.0.bias'"):
         load_checkpoint(CHECKPOINT)
 
 
