@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_output, enlarge, find_images,
                          find_inputs, is_result, open_image, printable, read_image, simulate, write_csv, write_png)
-from loss import (LossError, Study, aimed, build_study, captioned_pairs, compare, fit, load_lpips,
-                  photo_rows, photo_table, plot_comparison, pointed, report, report_study, sample_faces)
+from loss import (STUDY_KEYS, STUDY_STYLE, LossError, Study, aimed, build_study, captioned_pairs, compare, fit,
+                  load_lpips, photo_rows, photo_table, plot_comparison, pointed, report, report_study, sample_faces)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Networks, Picture,
                    added_detail, enlargement, locked, photo_sentence, read_extras, restore_photos, select_device,
                    shown_share, upscale, upscale_pictures, upscale_reduced, write_result, write_results)
@@ -211,30 +211,25 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 :is(#photo, .below) img {width: 100% !important; height: 100% !important; object-fit: contain}
 :is(#photo, .below, #compare:not(.fullscreen)) {padding-top: 28px !important}    /* labels above, not upon, pictures */
 :is(#compare, .below):not(.fullscreen) .icon-button-wrapper {top: -28px} label:has(:disabled) {opacity: .45}
-#work {display: grid; gap: 16px; grid-template: auto 1fr / minmax(300px, 1fr) minmax(0, 2fr)} #show {grid-row: span 2}
+#work {display: grid; gap: 16px; grid-template: auto auto 1fr / minmax(300px, 1fr) minmax(0, 2fr)}
+#show {grid-area: 1 / 2 / 4}
 #compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: 450px !important}
 #compare.fullscreen {height: 100% !important} #compare.fullscreen img {height: 96vh !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
 :is(#faces, #pairs) .grid-container button {aspect-ratio: 1.75; padding-bottom: 2em}
 :is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: 90vh !important}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
-#status {min-height: 3em} #desk {max-width: 640px; margin: auto}
-#stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto}
-#stimulus .icon-button-wrapper, footer {display: none} #grades {flex-wrap: nowrap; gap: 6px; align-items: stretch}
-#grades button {font: 500 min(.9rem, 3vw) system-ui; padding: 12px 2px}
-#results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal}
+#status {min-height: 3em} footer {display: none}
 @media (max-width: 700px) {
-    #work {display: flex} #show {display: contents} #knobs {order: 1} #more {order: 2}
+    #work {display: flex} #show {display: contents} #knobs {order: 1} :is(#faces, #more) {order: 2} #rest {order: 3}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
     :is(#faces, #pairs) .grid-wrap {max-height: none !important} .caption-label {font-size: 10px !important}
     #photo {height: 170px !important; min-height: 0 !important}
     #compare:not(.fullscreen) {height: calc(92vw + 28px) !important}}"""
-# Keys for the study; what Gradio's slider, which knows the mouse alone, lacks; alternative texts.
+# What Gradio's slider, which knows the mouse alone, lacks; alternative texts.
 KEYS = """<script>
 document.addEventListener("keydown", event => {
     if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, textarea")) return;
-    const button = /^[1-5]$/.test(event.key) && document.getElementById("rate-" + event.key);
-    if (button && button.offsetParent && !event.repeat) button.click();
     const line = event.target.closest("[data-testid=slider]");
     const step = {ArrowLeft: -16, ArrowRight: 16, Home: -1e4, End: 1e4}[event.key];
     if (line && step) {
@@ -261,7 +256,7 @@ new MutationObserver(() => {
     name("#compare [data-testid=slider]:not([tabindex])", {tabindex: 0, role: "separator", "aria-orientation":
         "vertical", "aria-valuenow": 50, "aria-label": "Line between blurry enlargement and ours: use the arrow keys"});
     name("#compare img", {alt: "The blurry enlargement and ours"});
-    name("#photo img", {alt: "Your picture"}); name("#stimulus img", {alt: "The picture to rate"});
+    name("#photo img", {alt: "Your picture"});
     name("#photo button:not([aria-label]):not(.upload-container)", {"aria-label": "Give a picture"});
 }).observe(document, {childList: true, subtree: true});
 for (const type of ["load", "error"]) addEventListener(type, ({target}) => {
@@ -314,9 +309,9 @@ class Workshop:
         self.jobs[page] = job
         done = asyncio.get_running_loop().run_in_executor(self.hands, run)
         try:
-            while not (await asyncio.wait([done], timeout=0.5))[0]:
+            while not (await asyncio.wait([done], timeout=0.5))[0] and not job.gone:
                 yield f"{job.text}: {time.monotonic() - started:.0f} s …"
-            yield done.result()
+            yield None if job.gone else done.result()       # given up: the thread sees it before its next tile
         finally:
             job.gone = True
             if self.jobs.get(page) is job:
@@ -450,13 +445,15 @@ def build_app(workshop, study):
     # The file as it is: read_image says what is wrong with it. On the class, since Gradio makes the object anew.
     gr.Image.preprocess = lambda self, payload: payload and payload.path
 
-    async def upscale_one(photo, strength, shrink, added, whole, scale, only, marks, request: gr.Request):
+    async def upscale_one(photo, strength, shrink, added, whole, scale, only, marks, found, request: gr.Request):
         path, marked = Path(photo or examples.get(scale, "")), [mark for where, *mark in marks if where == photo]
+        before = {} if str(path) in found else shown(None)      # the result of another picture goes at once
         try:
             async for result in workshop.work(
                     request, workshop.enlarge, path, strength, shrink, added, whole, scale, marked, only):
                 if result is None or isinstance(result, str):       # cancelled, or at work
-                    yield {cancel: gr.Button(interactive=bool(result))} | ({status: result} if result else {})
+                    yield before | {cancel: gr.Button(interactive=bool(result))} | ({status: result} if result else {})
+                    before = {}
                 else:
                     yield shown(result) | ({} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
         except (UsageError, DataError, CheckpointError, OSError, MemoryError) as error:
@@ -473,7 +470,7 @@ def build_app(workshop, study):
                 added: gr.Checkbox(interactive=workshop.has_knob and not result.photo),
                 scale: gr.Radio(interactive=not result.photo),
                 faces: gr.Gallery(result.faces, visible=bool(result.faces)),
-                download: gr.DownloadButton(value=result.file, interactive=bool(result.file)),
+                download: gr.DownloadButton(value=result.file, interactive=bool(result.file)), both: result.pair,
                 cancel: gr.Button(interactive=False), clock: gr.Timer(active=bool(result.file)), made: result.file}
 
     def stop(request: gr.Request):
@@ -500,17 +497,16 @@ def build_app(workshop, study):
         known = face and (picture := opened(path)) is not None
         return replace(face, size=share * min(picture.shape[:2])) if known else face
 
+    def begin(path):
+        """The settings for a new picture: those of the one before may not fit it."""
+        return False, False, workshop.scale if (picture := opened(path)) is None else workshop.suited(picture)
+
+    def look_at(both, event: gr.SelectData):
+        face = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
+        return both if face is None else tuple(np.hsplit(face, 2))
+
     def mark(wish, path, face, marks):
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
-
-    def cut_out(path, face):
-        if not face or (picture := opened(path)) is None:
-            return mark(None, path, None, gr.skip())
-        top, left, side = face.square(*picture.shape[:2])
-        part = Path(tempfile.mkdtemp(dir=workshop.folder), f"{Path(path).stem}_face.png")
-        write_png(part, lr := picture[top:top + side, left:left + side])
-        return {photo: str(part), whole: side <= FACE_AT_MOST, scale: workshop.suited(lr), origin: path,
-                back: gr.Button(visible=True)}
 
     async def enlarge_all(files, strength, scale, request: gr.Request):
         if not files or len(files) > FILES:
@@ -556,10 +552,10 @@ def build_app(workshop, study):
             with gr.Column(elem_id="give"):
                 photo = gr.Image(type="filepath", image_mode=None, format="png", label="Your picture", height=260,
                                  buttons=[], sources=["upload", "clipboard", "webcam"], elem_id="photo")
-                back = gr.Button("Back to the photograph", visible=False)
             with gr.Column(elem_id="show"):
                 slider = gr.ImageSlider(first.pair, label="Blurry enlargement | ours: drag the line", height=480,
-                                        type="filepath", interactive=False, buttons=["fullscreen"], elem_id="compare")
+                                        type="filepath", interactive=False, format="png", elem_id="compare",
+                                        buttons=["fullscreen"])
                 status = gr.Markdown(EXAMPLE.format(FACE_SIZE // workshop.scale), elem_id="status")
                 with gr.Row():
                     download = gr.DownloadButton("Download ours as PNG", first.file, variant="primary")
@@ -570,43 +566,48 @@ def build_app(workshop, study):
                                     elem_id="scissors")
                     target, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
                     with gr.Row():
-                        point, leave, undo, cut = map(gr.Button, ("Restore it", "Leave as it is", "Undo", "Take alone"))
-                faces = gr.Gallery(label="The faces, before and after", object_fit="contain",
-                                   format="png", interactive=False, buttons=[], visible=False, elem_id="faces")
+                        point, leave, undo = map(gr.Button, ("Restore it", "Leave as it is", "Undo"))
+                faces = gr.Gallery(label="The faces, before and after: click one to compare it above", visible=False,
+                                   object_fit="contain", format="png", interactive=False, buttons=[],
+                                   allow_preview=False, elem_id="faces")
                 with gr.Row(elem_id="more"):
                     pixels = small(label="The small picture", elem_classes=["below", "pixels"])
                     truth, invented = small(label="The truth"), small(label="What was invented")
             with gr.Column(elem_id="knobs"):
                 scale, strength = make_choice(), make_knob()
-                shrink = gr.Checkbox(label="This is already sharp: shrink it first",
-                                     info="As one face. Then the truth is known, and shown beside the result.")
-                added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob,
-                                    info="The difference to the faithful result, around gray. Of one face only.")
-                whole = gr.Checkbox(label="Treat it as one face", info="Else a large picture is searched for faces.")
-                only = gr.Checkbox(label="Faces only", info="Of a photograph: the rest is enlarged, not sharpened.")
+                with gr.Accordion("More", open=False):
+                    shrink = gr.Checkbox(label="This is already sharp: shrink it first",
+                                         info="As one face. Then the truth is known, and shown beside the result.")
+                    added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob,
+                                        info="The difference to the faithful result, around gray. Of one face only.")
+                    whole = gr.Checkbox(label="Treat it as one face", info="Else, a large picture is a photograph.")
+                    only = gr.Checkbox(label="Faces only", info="Of a photograph: the rest is only enlarged.")
+            with gr.Column(elem_id="rest"):
                 gr.Examples(samples, [photo, shrink, scale], label="Or try one of these", example_labels=titles)
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
-            marks, found, origin, made = gr.State([]), gr.State({}), gr.State(), gr.State()
+            marks, found, made, both = gr.State([]), gr.State(first.found), gr.State(), gr.State(first.pair)
             clock = gr.Timer(20, active=False)
             at_once = dict(concurrency_limit=None, show_progress="hidden")
-            gr.on([photo.change, strength.change, shrink.input, added.input, whole.change, scale.input, only.input,
-                   marks.change], upscale_one, [photo, strength, shrink, added, whole, scale, only, marks],
-                  [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, added, status],
-                  trigger_mode="multiple", api_name="upscale", **at_once)
-            cancel.click(stop, None, status, api_name="cancel", queue=False)
             hidden = dict(api_visibility="private", **at_once)
+            settings = [photo, strength, shrink, added, whole, scale, only, marks, found]
+            boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, added, status,
+                     both]
+            gr.on([photo.change, strength.change, shrink.input, added.input, whole.input, scale.input, only.input,
+                   marks.change], upscale_one, settings, boxes, trigger_mode="multiple", api_name="upscale", **at_once)
+            photo.input(begin, photo, [shrink, whole, scale], **hidden).then(
+                upscale_one, settings, boxes, trigger_mode="multiple", **hidden)
+            cancel.click(stop, None, status, api_name="cancel", queue=False)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
             photo.change(lambda: None, None, target, **hidden)
+            faces.select(look_at, both, slider, js=LOOK, **hidden)
             gr.on([photo.change, target.change, found.change], draw, [photo, target, found], view, **hidden)
             view.select(aim, [photo, share, found], [target, share], **hidden)
             share.input(set_size, [photo, target, share], target, **hidden)
             for button, wish in ((point, "restored"), (leave, "kept")):
                 button.click(functools.partial(mark, wish), [photo, target, marks], marks, js=LOOK, **hidden)
             undo.click(lambda marks: marks[:-1], marks, marks, **hidden)
-            back.click(lambda path: (path, False, gr.Button(visible=False)), origin, [photo, whole, back], **hidden)
-            cut.click(cut_out, [photo, target], [photo, whole, scale, origin, back], js=LOOK, **hidden)
         with gr.Tab("Folder"):
             gr.Markdown(f"Up to {FILES} pictures at once: faces, and photographs of up to 16 megapixels.")
             files = gr.File(file_count="multiple", label="Pictures", height=180)
@@ -648,7 +649,8 @@ def serve(args):
                 server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True,
                 auth=args.auth and tuple(args.auth.split(":", 1)), inbrowser=True, prevent_thread_lock=True,
                 run_history=False, footer_links=[],
-                theme=gr.themes.Default(font="system-ui", font_mono="ui-monospace"), css=STYLE, head=KEYS,
+                theme=gr.themes.Default(font="system-ui", font_mono="ui-monospace"), css=STYLE + STUDY_STYLE,
+                head=KEYS + STUDY_KEYS,
                 max_file_size="50mb", app_kwargs={"middleware": [Middleware(only_this_host)]})
         except OSError:
             raise UsageError(f"--host {args.host} --port {args.port or '7860 to 7959'}: cannot listen there; "

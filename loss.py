@@ -355,13 +355,13 @@ def face_pairs(picture, sr):
 
 
 def captioned_pairs(picture, sr, name=""):
-    """List a photograph's faces: (before and after side by side, (256, 512, 3) uint8, caption); of several, the
-    photograph with their numbers comes first."""
+    """List a photograph's faces: (before and after side by side, (256, 512, 3) uint8, caption), and before them
+    the photograph with their numbers; in a folder, where `name` is the file's, only before several."""
     name = name and f"{shortened(name, 24)}, "
     pairs = [(np.hstack(pair), f"{name}{number}: {patch.side} px, {patch.action}")
              for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
     overview = aimed(picture.lr, None, [patch.face for patch in picture.patches])
-    return [(overview, f"{name}which is which")] * (len(pairs) > 1) + pairs
+    return [(overview, f"{name}the photograph")] * (len(pairs) > bool(name)) + pairs
 
 
 def photo_rows(picture, sr):
@@ -412,6 +412,23 @@ STUDY_WELCOME = """You will see faces, one at a time. **How good does each pictu
 may stop at any time, and continue later under the same name. **Kept for good, other than pictures that are
 uploaded: the name you give, your ratings, and when you gave them.** A nickname will do."""
 RATINGS = ("rater", "seed", "index", "face", "method", "repeat", "rating", "time")
+
+
+STUDY_STYLE = """
+#desk {max-width: 640px; margin: auto} #stimulus .icon-button-wrapper {display: none}
+#stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto}
+#grades {flex-wrap: nowrap; gap: 6px; align-items: stretch}
+#grades button {font: 500 min(.9rem, 3vw) system-ui; padding: 12px 2px}
+#results :is(td, th) {padding: 4px 8px; word-break: normal; overflow-wrap: normal}"""
+STUDY_KEYS = """<script>
+document.addEventListener("keydown", event => {
+    if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, textarea")) return;
+    const button = /^[1-5]$/.test(event.key) && document.getElementById("rate-" + event.key);
+    if (button && button.offsetParent && !event.repeat) button.click();
+});
+new MutationObserver(() => document.querySelectorAll("#stimulus img:not([alt='The picture to rate'])").forEach(
+    picture => picture.alt = "The picture to rate")).observe(document, {childList: true, subtree: true});
+</script>"""
 
 
 def study_order(rater, seed, faces):

@@ -311,7 +311,11 @@ class Stage:
                    for name, (_, _, both, _) in GeneratorLoss.TERMS.items() if both or self.gan}
         if features is None:
             weights.pop("vgg", None)
-        self.criterion = GeneratorLoss(features, args.scale, **weights if any(weights.values()) else dict(pixel=1))
+        if not any(weights.values()):       # SRResNet, where only SRGAN does without the pixel loss
+            weights["pixel"] = 1.0
+            if self.main_process:
+                print(f"{self.name}: no loss is left, so the mean squared error counts 1")
+        self.criterion = GeneratorLoss(features, args.scale, **weights)
         if args.compile:
             for module in (self.generator, self.discriminator, self.criterion):
                 module.compile()

@@ -1,6 +1,7 @@
 """The interface as people use it: the real command in a process of its own, through its API and in Chromium."""
 
 import asyncio
+import io
 import os
 import re
 import shutil
@@ -174,8 +175,8 @@ def test_a_photograph_is_searched_for_faces(app, client, tmp_path):
     result = upscale(client, path)
     assert "1 face, 1 restored" in result.line and result.controls == [False, False]
     assert np.array_equal(result.download, command(app, tmp_path / "out", path, "--photo"))
-    assert [caption.split(":")[0] for _, caption in result.faces] == ["1"]
-    assert result.faces[0][0].shape == (256, 512, 3) and "restored" in result.faces[0][1]
+    assert [caption.split(":")[0] for _, caption in result.faces] == ["the photograph", "1"]
+    assert result.faces[1][0].shape == (256, 512, 3) and "restored" in result.faces[1][1]
     faces_only = upscale(client, path, only=True)
     assert np.array_equal(faces_only.download, command(app, tmp_path / "out", path, "--photo", "--background", "bicubic"))
     assert (faces_only.download != result.download).any()
@@ -183,7 +184,8 @@ def test_a_photograph_is_searched_for_faces(app, client, tmp_path):
     result = upscale(client, tmp_path / "two.png")
     [(overview, title), *faces] = result.faces
     drawn = (overview != np.hstack([small, small])).any(2)      # frames and numbers, around both
-    assert title == "which is which" and len(faces) == 2 and drawn[:, :72].any() and drawn[:, 72:].any() and drawn.mean() < 0.5
+    assert title == "the photograph" and len(faces) == 2 and drawn.mean() < 0.5
+    assert drawn[:, :72].any() and drawn[:, 72:].any()
     one = upscale(client, path, whole=True)
     assert np.array_equal(one.download, command(app, tmp_path / "out", path)) and one.faces == []
     large = Image.fromarray(np.hstack([face[:256, 60:316]] * 4)).resize((2100, 525))
@@ -348,6 +350,9 @@ def page(app):
 def test_a_face_in_the_browser(app, page, faces, tmp_path):
     """Upload, wait for the slider, turn the knob, download: the pixels of the command."""
     path = find_images(faces)[0]
+    page.get_by_text("Astronaut, 128 x 128").click()  # with settings of its own, which the next picture does not keep
+    page.get_by_text("against the truth").wait_for()
+    page.locator("#photo button[aria-label='Remove Image'], #photo button[aria-label=Clear]").first.click()
     page.locator("#photo input[type=file]").set_input_files(path)
     page.locator("#compare img").first.wait_for()
     page.get_by_text("128 x 128 → 512 x 512 pixels").wait_for()
@@ -377,7 +382,18 @@ def test_a_face_in_the_browser(app, page, faces, tmp_path):
     assert download.value.suggested_filename == f"{path.stem}_x4.png"
 
 
-def test_a_face_is_pointed_at_and_cut_out_by_hand(app, page, tmp_path):
+def slider_picture(page, other_than=None):
+    """The blurry enlargement in the slider, (H, W, 3) uint8, once it is another one."""
+    for _ in range(100):
+        address = page.locator("#compare img").first.get_attribute("src")
+        picture = np.array(Image.open(io.BytesIO(httpx.get(address).content)).convert("RGB"))
+        if other_than is None or picture.shape != other_than.shape or not np.array_equal(picture, other_than):
+            return picture
+        page.wait_for_timeout(100)
+    raise AssertionError("the slider shows the same picture")
+
+
+def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     """And what is no picture is called so, in our words."""
     (tmp_path / "letter.txt").write_text("hello")
     page.locator("#photo button[aria-label='Remove Image'], #photo button[aria-label=Clear]").first.click()
@@ -405,17 +421,17 @@ def test_a_face_is_pointed_at_and_cut_out_by_hand(app, page, tmp_path):
     for text in ("1 face, 1 restored", "no face found"):
         page.get_by_text("Undo", exact=True).click()
         page.get_by_text(text).wait_for()
-    page.get_by_text("Take alone").click()
-    page.get_by_text("18 x 18 → 144 x 144 pixels; in").wait_for()  # so small that 8x is chosen
-    assert page.get_by_label("Treat it as one face").is_checked()
-    cuts = [path for path in (app.folder / "tmp").rglob("wall_face.png") if Image.open(path).size == (18, 18)]
-    cuts, wall = [read_image(cut)[0] for cut in cuts], read_image(wall)[0]      # one of them with a frame
-    places = [(x, y) for y in range(53) for x in range(73) if any(
-        np.array_equal(wall[y:y + 18, x:x + 18], cut) for cut in cuts)]
-    assert len(places) == 1 and np.abs(np.subtract(places[0], (63, 12))).max() <= 2, places
-    page.get_by_text("Back to the photograph").click()
-    page.get_by_text("no face found").wait_for()
-    assert not page.get_by_label("Treat it as one face").is_checked()
+    page.get_by_text("Restore it").click()
+    page.get_by_text("1: 18 px, restored").wait_for()
+    whole = slider_picture(page)
+    page.locator("#faces button").nth(1).click()  # its frame is where the click was
+    face = Image.fromarray(slider_picture(page, other_than=whole))
+    face, wall = np.array(face.resize((18, 18), Image.Resampling.BOX), int), read_image(wall)[0].astype(int)
+    places = [(x, y) for y in range(53) for x in range(73)]
+    found = min(places, key=lambda place: np.abs(wall[place[1]:place[1] + 18, place[0]:place[0] + 18] - face).sum())
+    assert face.std() > 20 and np.abs(np.subtract(found, (63, 12))).max() <= 2, found
+    page.locator("#faces button").nth(0).click()
+    assert np.array_equal(slider_picture(page, other_than=slider_picture(page)), whole)
 
 
 def test_ten_ratings_by_keyboard(app, page):
@@ -492,7 +508,7 @@ def visitor(page, host="1.2.3.4"):
 
 
 def test_nobody_fills_the_queue_and_who_leaves_is_dropped(workshop):
-    large = np.zeros((600, 700, 3), np.uint8)
+    large, released = np.zeros((600, 700, 3), np.uint8), threading.Event()
 
     def work(job):
         return upscale_picture(workshop.at_work(job)(1), [large])
@@ -511,6 +527,10 @@ def test_nobody_fills_the_queue_and_who_leaves_is_dropped(workshop):
         for requests in first[:10]:
             await requests.aclose()  # a closed page
         assert all(workshop.cancel(str(i)) for i in range(10, 30)) and not workshop.cancel("10")
+        slow = workshop.work(visitor("slow", "9.9.9.9"), lambda job: released.wait(60))
+        assert "s …" in await anext(slow) and workshop.cancel("slow")
+        assert [text async for text in slow] == [None]  # at once, whatever the thread is at
+        released.set()
         again = workshop.work(visitor("30"), lambda job: "another picture")
         assert await last(again) == "another picture"
         assert [await last(requests) for requests in first[10:31]] == [None] * 21
