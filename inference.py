@@ -212,20 +212,20 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 :is(#photo, .below, #compare:not(.fullscreen)) {padding-top: 28px !important}    /* labels above, not upon, pictures */
 :is(#compare, .below):not(.fullscreen) .icon-button-wrapper {top: -28px} label:has(:disabled) {opacity: .45}
 #work {display: grid; gap: 16px; grid-template: auto auto 1fr / minmax(300px, 1fr) minmax(0, 2fr)}
-#show {grid-area: 1 / 2 / 4}
+#show {grid-area: 1 / 2 / 4} #status {min-height: 3em} footer {display: none}
 #compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: 450px !important}
 #compare.fullscreen {height: 100% !important} #compare.fullscreen img {height: 96vh !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
 :is(#faces, #pairs) .grid-container button {aspect-ratio: 1.75; padding-bottom: 2em}
 :is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: 90vh !important}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
-#status {min-height: 3em} footer {display: none}
 @media (max-width: 700px) {
-    #work {display: flex} #show {display: contents} #knobs {order: 1} :is(#faces, #more) {order: 2} #rest {order: 3}
+    #work {display: flex} #show {display: contents} #give {order: -2} #status {order: -1; min-height: 4.8em}
+    #status p {font-size: .85em} #knobs {order: 1} :is(#faces, #more) {order: 2} #rest {order: 3}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
     :is(#faces, #pairs) .grid-wrap {max-height: none !important} .caption-label {font-size: 10px !important}
-    #photo {height: 170px !important; min-height: 0 !important}
-    #compare:not(.fullscreen) {height: calc(92vw + 28px) !important}}"""
+    #photo {height: 140px !important; min-height: 0 !important}
+    #compare:not(.fullscreen) {height: calc(84vw + 28px) !important}}"""
 # What Gradio's slider, which knows the mouse alone, lacks; alternative texts.
 KEYS = """<script>
 document.addEventListener("keydown", event => {
@@ -255,8 +255,7 @@ new MutationObserver(() => {
         if (text.textContent.includes("image/*")) text.textContent = "This file is not a picture.";
     name("#compare [data-testid=slider]:not([tabindex])", {tabindex: 0, role: "separator", "aria-orientation":
         "vertical", "aria-valuenow": 50, "aria-label": "Line between blurry enlargement and ours: use the arrow keys"});
-    name("#compare img", {alt: "The blurry enlargement and ours"});
-    name("#photo img", {alt: "Your picture"});
+    name("#compare img", {alt: "The blurry enlargement and ours"}); name("#photo img", {alt: "Your picture"});
     name("#photo button:not([aria-label]):not(.upload-container)", {"aria-label": "Give a picture"});
 }).observe(document, {childList: true, subtree: true});
 for (const type of ["load", "error"]) addEventListener(type, ({target}) => {
@@ -470,14 +469,14 @@ def build_app(workshop, study):
                 added: gr.Checkbox(interactive=workshop.has_knob and not result.photo),
                 scale: gr.Radio(interactive=not result.photo),
                 faces: gr.Gallery(result.faces, visible=bool(result.faces)),
-                download: gr.DownloadButton(value=result.file, interactive=bool(result.file)), both: result.pair,
-                cancel: gr.Button(interactive=False), clock: gr.Timer(active=bool(result.file)), made: result.file}
+                download: gr.DownloadButton(value=result.file, interactive=bool(result.file)),
+                cancel: gr.Button(interactive=False), clock: gr.Timer(active=bool(result.file)), made: result.pair}
 
     def stop(request: gr.Request):
         return "Cancelled." if workshop.cancel(request.session_hash) else gr.skip()
 
-    def notice_deletion(file):
-        gone = file and not Path(file).exists()
+    def notice_deletion(made):
+        gone = made and not Path(made[1]).exists()
         return (DELETED, gr.DownloadButton(interactive=False), gr.Timer(active=False)) if gone else gr.skip()
 
     def opened(path):
@@ -501,9 +500,9 @@ def build_app(workshop, study):
         """The settings for a new picture: those of the one before may not fit it."""
         return False, False, workshop.scale if (picture := opened(path)) is None else workshop.suited(picture)
 
-    def look_at(both, event: gr.SelectData):
+    def look_at(made, event: gr.SelectData):
         face = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
-        return both if face is None else tuple(np.hsplit(face, 2))
+        return made if face is None else tuple(np.hsplit(face, 2))
 
     def mark(wish, path, face, marks):
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
@@ -567,7 +566,7 @@ def build_app(workshop, study):
                     target, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
                     with gr.Row():
                         point, leave, undo = map(gr.Button, ("Restore it", "Leave as it is", "Undo"))
-                faces = gr.Gallery(label="The faces, before and after: click one to compare it above", visible=False,
+                faces = gr.Gallery(label="Before and after: click one", visible=False,
                                    object_fit="contain", format="png", interactive=False, buttons=[],
                                    allow_preview=False, elem_id="faces")
                 with gr.Row(elem_id="more"):
@@ -587,13 +586,12 @@ def build_app(workshop, study):
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
-            marks, found, made, both = gr.State([]), gr.State(first.found), gr.State(), gr.State(first.pair)
+            marks, found, made = gr.State([]), gr.State(first.found), gr.State()
             clock = gr.Timer(20, active=False)
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             hidden = dict(api_visibility="private", **at_once)
             settings = [photo, strength, shrink, added, whole, scale, only, marks, found]
-            boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, added, status,
-                     both]
+            boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, added, status]
             gr.on([photo.change, strength.change, shrink.input, added.input, whole.input, scale.input, only.input,
                    marks.change], upscale_one, settings, boxes, trigger_mode="multiple", api_name="upscale", **at_once)
             photo.input(begin, photo, [shrink, whole, scale], **hidden).then(
@@ -601,7 +599,7 @@ def build_app(workshop, study):
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
             photo.change(lambda: None, None, target, **hidden)
-            faces.select(look_at, both, slider, js=LOOK, **hidden)
+            faces.select(look_at, made, slider, js=LOOK, **hidden)
             gr.on([photo.change, target.change, found.change], draw, [photo, target, found], view, **hidden)
             view.select(aim, [photo, share, found], [target, share], **hidden)
             share.input(set_size, [photo, target, share], target, **hidden)
