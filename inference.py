@@ -27,9 +27,10 @@ import torch
 from tqdm import tqdm
 
 from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_output, enlarge, find_images,
-                         find_inputs, is_result, open_image, printable, read_image, simulate, write_csv, write_png)
+                         find_inputs, is_result, open_image, printable, read_image, simulate, write_png)
 from loss import (STUDY_KEYS, STUDY_STYLE, LossError, Study, aimed, build_study, captioned_pairs, compare, fit,
-                  load_lpips, photo_rows, photo_table, plot_comparison, pointed, report, report_study, sample_faces)
+                  load_lpips, photo_rows, photo_table, plot_comparison, pointed, report, report_study, sample_faces,
+                  write_csv)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Networks, Picture,
                    added_detail, enlargement, locked, photo_sentence, read_extras, restore_photos, select_device,
                    shown_share, upscale, upscale_pictures, upscale_reduced, write_result, write_results)
@@ -245,8 +246,7 @@ document.addEventListener("keydown", event => {
     }
 });
 const name = (selector, names) => document.querySelectorAll(selector).forEach(element => {
-    for (const [key, value] of Object.entries(names))
-        if (element.getAttribute(key) != value) element.setAttribute(key, value);
+    for (const key in names) if (element.getAttribute(key) != names[key]) element.setAttribute(key, names[key]);
 });
 new MutationObserver(() => {
     for (const element of document.querySelectorAll(".upload-container[aria-label], .empty[aria-label]"))

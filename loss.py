@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from data_loader import (LPIPS, MARK, METRICS, DataError, Face, choose_output, cut_face, enlarge, find_images,
                          is_result, printable, read_image, resize_square, simulate, square_face, to_tensor,
-                         write_atomically, write_csv)
+                         write_atomically)
 from model import CheckpointError, load_plain
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
@@ -51,7 +51,7 @@ class VGGFeatures(nn.Module):
     Raises LossError where the weights cannot be had or do not fit.
     """
 
-    def __init__(self, layer="conv5_4", weights=None):
+    def __init__(self, layer="conv3_4", weights=None):
         super().__init__()
         from torchvision.models import VGG19_Weights, vgg19     # slow to import, seldom needed
         try:
@@ -149,7 +149,7 @@ class GeneratorLoss(nn.Module):
     TERMS = {
         "pixel": ("mean squared error (equation 4)", 1.0, True, lambda self, sr, hr, logits: F.mse_loss(sr, hr)),
         "vgg": ("relative VGG distance", 0.02, False, lambda self, sr, hr, logits: vgg_distance(self.features, sr, hr)),
-        "adversarial": ("adversarial loss", 1e-3, False, lambda self, sr, hr, logits: adversarial_loss(logits)),
+        "adversarial": ("adversarial loss", 3e-3, False, lambda self, sr, hr, logits: adversarial_loss(logits)),
         "tv": ("total variation", 0.0, True, lambda self, sr, hr, logits: total_variation(sr)),
         "lattice": ("regular pattern", 40.0, False, lambda self, sr, hr, logits: lattice_loss(sr, hr, self.period))}
 
@@ -381,6 +381,12 @@ def photo_table(picture):
     return [(picture.name, number, round(patch.face.x, 1), round(patch.face.y, 1), round(patch.face.size, 1),
              round(patch.face.angle, 1), round(patch.face.score, 3), patch.working_size, patch.action)
             for number, patch in enumerate(picture.patches, 1)]
+
+
+def write_csv(path, header, rows):
+    """Write a table."""
+    csv.writer(text := io.StringIO(newline="")).writerows([header, *rows])
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def report(scores, path):

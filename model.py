@@ -32,8 +32,8 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data_loader import (SAME, Face, cut_face, enlarge, find_faces, open_image, resize_square, to_tensor, to_uint8,
-                         turning, working_size, write_atomically, write_png)
+from data_loader import (SAME, Face, cut_face, enlarge, find_faces, lost, open_image, resize_square, to_tensor,
+                         to_uint8, turning, working_size, write_atomically, write_png)
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -399,8 +399,7 @@ def paint(generator, picture):
     photo = Image.fromarray(picture.lr)
     small = photo.resize((max(1, round(width * share)), max(1, round(height * share))), Image.Resampling.BICUBIC)
     again = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
-    same = np.square(picture.lr - again.astype(np.float32)).mean() < SAME
-    return upscale_reduced(generator, picture.lr, share if same else 1)
+    return upscale_reduced(generator, picture.lr, share if lost(picture.lr, again) < SAME else 1)
 
 
 def enlargement(photo, factor=None):

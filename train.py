@@ -7,8 +7,7 @@
 
 --output receives srresnet_x4.pth and srgan_x4.pth (the best of each stage), training_state.pth
 (all that --resume needs), log.jsonl (a line per validation), curves.png and samples/. The recipe
-is that of Ledig et al. 2017 (arXiv:1609.04802, section 3.2), shortened: Adam, 16 patches of 96x96 a step, on CUDA
-128, at a higher learning rate.
+is that of Ledig et al. 2017 (arXiv:1609.04802, section 3.2), shortened; checkpoints/training.md has its scores.
 """
 import argparse
 import copy
@@ -48,8 +47,8 @@ UNFIT = "{}: not the state of a training of this project, or damaged; without --
 # Flags that a checkpoint does not tell: where somebody's files lie, and how the script was called.
 PRIVATE = ("train_dir", "gan_train_dir", "val_dir", "init", "output", "vgg_weights", "resume", "dry_run")
 # Defaults by device: a GPU is kept busy by 64 patches and more only, and must not wait for validations.
-DEFAULTS = {"cpu": dict(batch_size=16, lr=4e-4, gan_lr=1e-4, val_every=500, save_every=200),
-            "cuda": dict(batch_size=128, lr=8e-4, gan_lr=2e-4, val_every=2000, save_every=1000)}
+DEFAULTS = {"cpu": dict(pretrain_steps=6000, batch_size=16, lr=4e-4, gan_lr=1e-4, val_every=500, save_every=200),
+            "cuda": dict(pretrain_steps=15000, batch_size=128, lr=8e-4, gan_lr=2e-4, val_every=2000, save_every=1000)}
 VAL_FACES = 100     # validated on, spread over the validation set
 LOG_EVERY = 10      # steps between looks at the losses; each look waits for the GPU
 # Of the flags that are numbers: the least and the most that makes sense.
@@ -654,7 +653,7 @@ def parse_arguments(argv=None):
         "the bicubically enlarged input")
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--pretrain-steps", type=int, default=15000, metavar="N", help="steps of SRResNet, or 0 [%(default)s]")
+    add("--pretrain-steps", type=int, metavar="N", help="steps of SRResNet, or 0 [6000; on CUDA 15000]")
     add("--gan-steps", type=int, default=1900, metavar="N", help="steps of SRGAN, or 0 [%(default)s]")
     add("--discriminator-steps", type=int, default=0, metavar="N", help="in the first of them, only the discriminator "
         "learns: for an SRGAN that begins with good weights [%(default)s]")
@@ -671,7 +670,7 @@ def parse_arguments(argv=None):
     for name, (text, weight, both, _) in GeneratorLoss.TERMS.items():
         add(f"--{name}-weight", type=float, default=weight, help=f"of the {text}, in the loss of "
             f"{'both stages' if both else 'SRGAN'} [%(default)s]")
-    add("--vgg-layer", default="conv5_4", choices=list(VGG_LAYERS), help="features of the VGG distance [%(default)s]")
+    add("--vgg-layer", default="conv3_4", choices=list(VGG_LAYERS), help="features of the VGG distance [%(default)s]")
     add("--vgg-weights", metavar="FILE", help="VGG19 state dict (default: torchvision's, downloaded "
         "once; none: train without the VGG term)")
     add("--seed", type=int, default=0, help="of the weights and the batches [%(default)s]")

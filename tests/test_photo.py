@@ -105,13 +105,21 @@ def test_no_faces_where_there_are_none(tmp_path, monkeypatch):
 
 
 def test_working_size_is_what_the_pixels_hold(portraits):
+    """Whatever grain lies upon it; which does not make a sharp one blurred."""
+    rng = np.random.default_rng(0)
+
+    def grainy(picture, level):
+        return (picture + rng.normal(0, level, (*picture.shape[:2], 1))).round().clip(0, 255).astype(np.uint8)
+
     for picture, x, y, side in portraits.values():
         face = picture[y - side // 2:y + side // 2, x - side // 2:x + side // 2]
         for size in (40, 64, 96, 128):
             assert working_size(resize_square(face, size)) > 0.6 * size
+            assert working_size(grainy(resize_square(face, size), 6)) > 0.6 * size
         for small, large in ((32, 64), (32, 128), (40, 128), (32, 300)):
             blurred = data_loader.jpeg(resize_square(resize_square(face, small), large), 90)
             assert working_size(blurred) <= small + 4
+            assert working_size(data_loader.jpeg(grainy(blurred, 8), 85)) <= small + 16
 
 
 def test_a_restored_face_is_nearer_to_the_truth(portraits, generator):
