@@ -87,7 +87,7 @@ def open_image(path):
     except Image.DecompressionBombError:
         raise DataError(f"{path}: larger than {PIXELS:,} pixels") from None
     except (Image.UnidentifiedImageError, SyntaxError, ValueError):
-        raise DataError(f"{path}: not a picture, or damaged") from None
+        raise DataError(f"{path}: not a picture ({', '.join(FORMATS)}), or damaged") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     if image.width * image.height <= PIXELS:
@@ -412,13 +412,14 @@ def _frame(points, score):
     return Face(float(centre.real), float(centre.imag), float(side), float(angle), score)
 
 
-def lost(picture, again):
+def lost(picture, again, even=0.9):
     """Mean squared error of two (H, W, 3) uint8 pictures. From 30 pixels a side on, grain does not count: what is lost
-    everywhere alike, so that the median of 8x8 fields has more than 0.9 of the mean, below 100 (levels squared)."""
+    everywhere alike, so that the median of 8x8 fields has more than `even` of the mean, below 100 (levels squared)."""
     errors = np.square(picture.astype(np.float32) - again).mean(2)
-    even = np.median(cv2.resize(errors, (8, 8), interpolation=cv2.INTER_AREA))
-    grain = min(errors.shape) >= 30 and max(0.9 * errors.mean(), SAME / 2) < even < 100
-    return errors.mean() - even * grain
+    if min(errors.shape) < 30:
+        return errors.mean()
+    middle = np.median(cv2.resize(errors, (8, 8), interpolation=cv2.INTER_AREA))
+    return errors.mean() - middle * (max(even * errors.mean(), SAME / 2) < middle < 100)
 
 
 def working_size(square):
@@ -427,16 +428,19 @@ def working_size(square):
 
     The same is a PSNR above 37 dB in the middle, or an error below 0.12 of what half that side would make, whatever
     the contrast (for 16, at 14: 0.08, or 0.2 and 37 dB): chosen on 200 faces; how often it errs is in
-    checkpoints/photographs.md. Grain does not count.
+    checkpoints/photographs.md. Grain does not count, where there is some.
     """
     if len(square) > 256:       # far above any limit
         square = resize_square(square, 256)
     middle = slice(len(square) // 4, -(len(square) // 4))
 
-    def error(side):
+    def error(side, even=0.9):
         again = resize_square(resize_square(square, side), len(square))
-        return lost(square[middle, middle], again[middle, middle])
+        return lost(square[middle, middle], again[middle, middle], even)
 
+    finest = round(0.8 * len(square))       # above it, a blurred face has nothing but grain
+    if len(square) >= 60 and error(finest) < error(finest, 1):
+        error = functools.partial(error, even=0.8)
     if len(square) > 16 and error(14) < max(0.08 * error(7), min(SAME, 0.2 * error(7))):
         return 16
     for side in (32, 36, 40, 46, 52, 60, 70, 80, 96, 112, 128, 160, 192, 224):

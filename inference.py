@@ -198,7 +198,7 @@ WORDS = """
   (SRGAN): sharp, because it invents what faces usually look like. Between them, the two are mixed.
 - **PSNR** (in decibels) and **SSIM** (1 at most): how near a result is to the truth; more is nearer. Sharp results
   often score lower than soft ones: people have to look, too."""
-LOOK = "(...args) => (innerWidth > 700 || document.querySelector('#compare').scrollIntoView(), args)"
+LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"
 PRIVACY = f"""Your pictures stay on the computer that runs this page, in a temporary folder, and are deleted after
 {KEPT} minutes or when the program ends. Nothing is sent to anybody else."""
 # Nothing on the page may ask another host for anything, whatever Gradio's templates refer to.
@@ -218,13 +218,13 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 #compare.fullscreen {height: 100% !important} #compare.fullscreen img {height: 96vh !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
 :is(#faces, #pairs) .grid-container button {aspect-ratio: 1.75; padding-bottom: 2em}
-:is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: 90vh !important}
+:is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: none !important}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
 @media (max-width: 700px) {
     #work {display: flex} #show {display: contents} #give {order: -2} #status {order: -1; min-height: 4.8em}
     #status p {font-size: .85em} #knobs {order: 1} :is(#faces, #more) {order: 2} #rest {order: 3}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
-    :is(#faces, #pairs) .grid-wrap {max-height: none !important} .caption-label {font-size: 10px !important}
+    .caption-label {font-size: 10px !important}
     #photo {height: 140px !important; min-height: 0 !important}
     #compare:not(.fullscreen) {height: calc(84vw + 28px) !important}}"""
 # What Gradio's slider, which knows the mouse alone, lacks; alternative texts.
@@ -557,7 +557,7 @@ def build_app(workshop, study):
                                         buttons=["fullscreen"])
                 status = gr.Markdown(EXAMPLE.format(FACE_SIZE // workshop.scale), elem_id="status")
                 with gr.Row():
-                    download = gr.DownloadButton("Download ours as PNG", first.file, variant="primary")
+                    download = gr.DownloadButton("Download the result", first.file, variant="primary")
                     cancel = gr.Button("Cancel", interactive=False)
                 with gr.Accordion("Missed a face, or one too many? Point at it", open=False):
                     gr.Markdown("Click a face, found or not; if need be, set its frame around the whole head.")

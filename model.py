@@ -393,13 +393,17 @@ def lay(patch, canvas, factor):
 
 
 def paint(generator, picture):
-    """Enlarge a photograph with the network, reduced first as its faces are, if all of it is as blurred as they."""
-    height, width = picture.lr.shape[:2]
+    """Enlarge a photograph with the network; where its faces are blurred, reduced first as they are, or as much less as
+    it takes to lose nothing else. Where nothing fits, as it is, or by bicubic if the network makes worms of grain."""
     share = max((len(patch.lr) / patch.side for patch in picture.patches if patch.action == "restored"), default=1)
-    photo = Image.fromarray(picture.lr)
-    small = photo.resize((max(1, round(width * share)), max(1, round(height * share))), Image.Resampling.BICUBIC)
-    again = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
-    return upscale_reduced(generator, picture.lr, share if lost(picture.lr, again) < SAME else 1)
+    photo, grain = Image.fromarray(picture.lr), False
+    while share < SOFT[4]:
+        small = photo.resize([max(1, round(side * share)) for side in photo.size], Image.Resampling.BICUBIC)
+        again = np.asarray(small.resize(photo.size, Image.Resampling.BICUBIC))
+        if lost(picture.lr, again) < SAME:
+            return upscale_reduced(generator, picture.lr, share)
+        grain, share = lost(picture.lr, again) < lost(picture.lr, again, 1), 1.4 * share
+    return enlarge(picture.lr, generator.scale) if grain else upscale(generator, [picture.lr])[0]
 
 
 def enlargement(photo, factor=None):

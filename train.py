@@ -48,7 +48,7 @@ UNFIT = "{}: not the state of a training of this project, or damaged; without --
 PRIVATE = ("train_dir", "gan_train_dir", "val_dir", "init", "output", "vgg_weights", "resume", "dry_run")
 # Defaults by device: a GPU is kept busy by 64 patches and more only, and must not wait for validations.
 DEFAULTS = {"cpu": dict(pretrain_steps=6000, batch_size=16, lr=4e-4, gan_lr=1e-4, val_every=500, save_every=200),
-            "cuda": dict(pretrain_steps=15000, batch_size=128, lr=8e-4, gan_lr=2e-4, val_every=2000, save_every=1000)}
+            "cuda": dict(pretrain_steps=15000, batch_size=128, lr=8e-4, gan_lr=2e-4, val_every=950, save_every=1000)}
 VAL_FACES = 100     # validated on, spread over the validation set
 LOG_EVERY = 10      # steps between looks at the losses; each look waits for the GPU
 # Of the flags that are numbers: the least and the most that makes sense.
@@ -285,7 +285,7 @@ class Stage:
         generator = Generator(args.scale, args.blocks, args.channels, not args.no_bicubic_residual)
         discriminator = Discriminator(args.channels)
         pretrained = args.output / f"srresnet_x{args.scale}.pth"
-        start = pretrained if self.gan and pretrained.exists() else args.init
+        start = pretrained if self.gan and pretrained.exists() and (args.pretrain_steps or not args.init) else args.init
         self.pretraining = self.start_from(start, generator) if start else {}
         if args.fixed_batch_norm:
             if not start:
@@ -641,7 +641,7 @@ def parse_arguments(argv=None):
     add("--precision", default="auto", choices=PRECISIONS, help=PRECISION_HELP)
     add("--compile", action="store_true", help="compile the networks: faster steps after a minute or two; needs a "
         "C++ compiler, on CUDA Triton")
-    add("--val-every", type=int, metavar="STEPS", help="validate and save the state [500; on CUDA 2000]")
+    add("--val-every", type=int, metavar="STEPS", help="validate and save the state [500; on CUDA 950]")
     add("--save-every", type=int, metavar="STEPS", help="save the state [200; on CUDA 1000]")
     add("--keep-every", type=int, metavar="STEPS", help="also keep the averaged generator as it is then")
 

@@ -267,7 +267,7 @@ def test_a_folder(app, client, tmp_path):
     pairs, archive, report = client.predict(files, 0.5, 4, api_name="/folder")
     assert [pair["caption"] for pair in pairs] == ["0.png", "1.png", "2.png"]
     assert np.array(Image.open(pairs[0]["image"])).shape == (28, 72, 3)
-    assert report == "3 of 4 enlarged.\n- other.png: not a picture, or damaged"
+    assert report == "3 of 4 enlarged.\n- other.png: not a picture (PNG, JPEG, WEBP, BMP, TIFF, GIF), or damaged"
     with zipfile.ZipFile(archive) as pack:
         assert pack.namelist() == ["0.png", "1.png", "2.png"]
         for path in paths:
@@ -373,7 +373,7 @@ def test_a_face_in_the_browser(app, page, faces, tmp_path):
     assert not np.array_equal(expected, command(app, tmp_path / "out", path))
     for _ in range(100):  # the knob is live: its result comes by itself
         with page.expect_download() as download:
-            page.get_by_text("Download ours as PNG").click()
+            page.get_by_text("Download the result").click()
         result = np.array(Image.open(download.value.path()))
         if np.array_equal(result, expected):
             break

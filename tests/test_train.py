@@ -199,6 +199,8 @@ def test_srgan_starts_from_srresnet_and_leaves_it_alone(flags, tmp_path):
     # --init gives the start instead, to either stage.
     init, elsewhere = ["--init", str(out / "srresnet_x4.pth")], tmp_path / "elsewhere"
     for stage, steps in (("srresnet", ("1", "0")), ("srgan", ("0", "1"))):
+        if stage == "srgan":        # whatever else lies there
+            save_checkpoint(elsewhere / "srresnet_x4.pth", Generator(**srresnet.architecture), {})
         train.run([*flags, *init, "--output", str(elsewhere), "--pretrain-steps", steps[0],
                    "--gan-steps", steps[1], "--lr", "1e-9", "--gan-lr", "1e-9"])
         tuned = load_checkpoint(elsewhere / f"{stage}_x4.pth")[0]
