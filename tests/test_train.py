@@ -593,9 +593,9 @@ def test_torchrun(flags, tmp_path):
             ROOT / "train.py",
             *flags,
             "--pretrain-steps",
-            "12",
+            "4",
             "--gan-steps",
-            "3",
+            "2",
         ],
         capture_output=True,
         text=True,
@@ -603,8 +603,8 @@ def test_torchrun(flags, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = log_lines(tmp_path / "out")
-    assert [(line["stage"], line["step"]) for line in lines] == [("srresnet", 12), ("srgan", 3)]
-    assert done.stdout.count("srresnet step 12") == 1 and "2 processes" in done.stdout
+    assert [(line["stage"], line["step"]) for line in lines] == [("srresnet", 4), ("srgan", 2)]
+    assert done.stdout.count("srresnet step 4") == 1 and "2 processes" in done.stdout
     assert load_plain(tmp_path / "out" / train.STATE)["stage"] == "srgan"
 
 
@@ -646,7 +646,8 @@ def test_without_a_compiler_one_sentence(tmp_path):
         subprocess.Popen(
             [sys.executable, ROOT / "train.py", "--dry-run", "--compile", "--device", "cpu"],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / str(number))},
+            env=os.environ | {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / str(number)),
+                              "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
         for number, compiler in enumerate(("/nonexistent/c++", "false"))
     ]
