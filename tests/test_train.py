@@ -96,7 +96,7 @@ def wait_for(process, condition):
 
 def test_killed_and_resumed_equals_uninterrupted(flags, tmp_path):
     """SIGTERM in the first stage, kill -9 in the second, --resume each time: the same bits."""
-    rhythm = ["--pretrain-steps", "40", "--gan-steps", "40", "--val-every", "40", "--save-every", "4"]
+    rhythm = ["--pretrain-steps", "30", "--gan-steps", "30", "--val-every", "30", "--save-every", "4"]
     train.run([*flags, *rhythm, "--output", str(tmp_path / "whole")])
 
     parts = tmp_path / "parts"
@@ -114,13 +114,13 @@ def test_killed_and_resumed_equals_uninterrupted(flags, tmp_path):
     output = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGTERM and "--resume" in output and "Traceback" not in output
     interrupted = load_plain(state_file)
-    assert interrupted["stage"] == "srresnet" and 8 <= interrupted["progress"]["step"] < 40
+    assert interrupted["stage"] == "srresnet" and 8 <= interrupted["progress"]["step"] < 30
 
     process = start("--resume", "--output", str(parts))
     wait_for(process, lambda: reached("srgan", 8))
     process.kill()
     process.communicate()
-    assert load_plain(state_file)["progress"]["step"] < 40
+    assert load_plain(state_file)["progress"]["step"] < 30
 
     train.run(["--resume", "--output", str(parts)])
     assert_equal(load_plain(tmp_path / "whole" / train.STATE), load_plain(state_file))
@@ -641,20 +641,13 @@ def test_compiled_networks_train_the_same(stage, monkeypatch):
 
 
 def test_without_a_compiler_one_sentence(tmp_path):
-    """One that is missing, and one that fails."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, ROOT / "train.py", "--dry-run", "--compile", "--device", "cpu"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / str(number)),
-                              "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"},
-        )
-        for number, compiler in enumerate(("/nonexistent/c++", "false"))
-    ]
-    for process in processes:
-        error = process.communicate()[1]
-        assert process.returncode == 1 and "Traceback" not in error
-        assert error.splitlines()[-1].startswith("train.py: the networks cannot be compiled"), error
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--dry-run", "--compile", "--device", "cpu"], capture_output=True, text=True,
+        env=os.environ | {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+                          "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: the networks cannot be compiled"), done.stderr
 
 
 def test_a_missing_folder_is_said_before_vgg_is_looked_for(tmp_path, monkeypatch):
