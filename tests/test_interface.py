@@ -357,6 +357,10 @@ def test_a_face_in_the_browser(app, page, faces, tmp_path):
     page.locator("#compare img").first.wait_for()
     page.get_by_text("128 x 128 → 512 x 512 pixels").wait_for()
     line = page.locator("#compare [data-testid=slider]")
+    page.wait_for_function("""() => {
+        const [line, box] = ["#compare [data-testid=slider]", "#compare"].map(
+            name => document.querySelector(name).getBoundingClientRect());
+        return Math.abs(line.x + line.width / 2 - box.x - box.width / 2) < 20}""")      # the pictures are laid out
     before = line.bounding_box()["x"]
     line.press("ArrowLeft")  # it is a tab stop
     moved = line.bounding_box()["x"]
