@@ -340,6 +340,7 @@ def page(app):
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(60_000)        # milliseconds: machines are busy
         page.requests = []
         page.on("request", lambda request: page.requests.append(request.url))
         page.goto(app.url)
