@@ -10,6 +10,7 @@ Faces are read once, kept as bytes on the training device, and cut, flipped and 
 import argparse
 import contextlib
 import functools
+import io
 import os
 import re
 import sys
@@ -34,12 +35,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 # What is read, whatever the file is called. Pillow knows more, among them some that start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 PIXELS = 90_000_000         # of a picture: what has more is not read
-MARK = "face-srgan"         # the PNG field "Software" of every result: results are never inputs
-# The tables of scores and of faces that inference.py writes.
-METRICS = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic",
-           "psnr_y_bicubic", "ssim_y_bicubic", "lr_psnr")
-LPIPS = "lpips", "lpips_bicubic"        # columns more, if asked for
-FACES = ("image", "face", "x", "y", "size", "angle", "score", "working_size", "action")
+MARK = b"face-srgan"        # the field "Software" of a PNG, or a JPEG's segment, of every result: never an input
 VAL_PERCENT = 5             # of a folder without a split of its own
 TESTED = Path(__file__).resolve().parent / "checkpoints" / "ffhq_test.txt"      # ids of the faces that scores come from
 
@@ -50,8 +46,10 @@ KERNELS = {
     "lanczos": (Image.Resampling.LANCZOS, 0.05), "area": (Image.Resampling.BOX, 0.1),
     "cv2-linear": (cv2.INTER_LINEAR, 0.35), "cv2-cubic": (cv2.INTER_CUBIC, 0.1),
 }
-# What else may befall the small picture; the numbers are those of the robustness table.
-DAMAGES = ("none", "blur", "blur3", "noise", "jpeg75", "jpeg50", "wild")
+# What else may befall the small picture, as in the robustness table: a blur's sigma in HR pixels, the deviation of
+# noise in levels, the quality of a JPEG; "wild" draws them.
+DAMAGES = {"none": (0, 0, 0), "blur": (1, 0, 0), "blur3": (3, 0, 0), "noise": (0, 4, 0), "jpeg75": (0, 0, 75),
+           "jpeg50": (0, 0, 50), "wild": (0, 0, 0)}
 # Of the pictures to train on: how much of its frame the face is reduced to and how often, and how many are turned;
 # how many are damaged and, of those, blurred, noisy and JPEG-coded; how many are as soft as a background, in HR too, so
 # that nothing is drawn where nothing was.
@@ -84,16 +82,16 @@ def open_image(path):
     """Open a picture of one of FORMATS and at most PIXELS, without decoding it. Raises DataError."""
     try:
         image = Image.open(path, formats=FORMATS)
+        if image.width * image.height <= PIXELS:
+            return image
+        image.close()
+        raise Image.DecompressionBombError
     except Image.DecompressionBombError:
         raise DataError(f"{path}: larger than {PIXELS:,} pixels") from None
     except (Image.UnidentifiedImageError, SyntaxError, ValueError):
         raise DataError(f"{path}: not a picture ({', '.join(FORMATS)}), or damaged") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if image.width * image.height <= PIXELS:
-        return image
-    image.close()
-    raise DataError(f"{path}: larger than {PIXELS:,} pixels")
 
 
 def read_image(path):
@@ -150,21 +148,32 @@ def remove_remains(folder):
                 path.unlink()
 
 
-def write_png(path, picture, extras=()):
-    """Write (H, W, 3 or 4) uint8, and more PNG chunks, (name, bytes), as a PNG that is marked as a result."""
-    order = cv2.COLOR_RGB2BGR if picture.shape[2] == 3 else cv2.COLOR_RGBA2BGRA
-    try:
-        data = cv2.imencode(".png", cv2.cvtColor(picture, order))[1]    # twice as fast as Pillow, but knows no text
-    except cv2.error:
-        raise MemoryError from None     # nothing else can be wrong
-
-    def write(file):
+def write_picture(path, picture, extras={}):
+    """Write (H, W, 3 or 4) uint8, marked as a result, with Pillow's keywords "icc_profile" and "exif": as a PNG or, if
+    `path` ends so, as a .jpg of quality 95 without subsampling."""
+    def write_png(file):
         file.write(data[:33])       # the signature and the header
-        for chunk in ((b"tEXt", b"Software\0" + MARK.encode()), *extras):
-            PngImagePlugin.putchunk(file, *chunk)
+        PngImagePlugin.putchunk(file, b"tEXt", b"Software\0" + MARK)
+        if "icc_profile" in extras:
+            PngImagePlugin.putchunk(file, b"iCCP", b"profile\0\0" + zlib.compress(extras["icc_profile"]))
+        if "exif" in extras:
+            PngImagePlugin.putchunk(file, b"eXIf", extras["exif"].removeprefix(b"Exif\0\0"))
         file.write(data[33:])
+
+    def write_jpeg(file):
+        Image.fromarray(picture).save(buffer := io.BytesIO(), "JPEG", quality=95, subsampling=0, **extras)
+        data = buffer.getbuffer()
+        place = 4 + int.from_bytes(data[4:6], "big")       # behind the first segment
+        file.writelines((data[:place], b"\xff\xef", (2 + len(MARK)).to_bytes(2, "big"), MARK, data[place:]))
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, write)
+    if path.suffix != ".jpg":
+        order = cv2.COLOR_RGB2BGR if picture.shape[2] == 3 else cv2.COLOR_RGBA2BGRA
+        try:
+            data = cv2.imencode(".png", cv2.cvtColor(picture, order))[1]    # twice as fast as Pillow, without extras
+        except cv2.error:
+            raise MemoryError from None     # nothing else can be wrong
+    write_atomically(path, write_jpeg if path.suffix == ".jpg" else write_png)
 
 
 def is_result(path):
@@ -172,10 +181,9 @@ def is_result(path):
     try:
         if path.suffix == ".csv":
             with open(path, "rb") as file:
-                headers = METRICS, METRICS + LPIPS, FACES
-                return file.readline().rstrip() in [",".join(header).encode() for header in headers]
+                return file.readline().startswith((b"image,psnr,ssim,psnr_y,", b"image,face,x,y,size,"))
         with open_image(path) as image:
-            return image.info.get("Software") == MARK
+            return image.info.get("Software") == MARK.decode() or ("APP15", MARK) in getattr(image, "applist", ())
     except Exception:       # not a picture at all, so not ours; reading it will say why
         return False
 
@@ -201,10 +209,10 @@ def find_inputs(inputs, output, results=False):
     return list(found.values()), problems
 
 
-def choose_output(relative, output, taken):
-    """Choose the file for a result: DIR/<relative path without suffix>.png (.csv for a .csv) or, where that would
-    replace another result of this call or a file that is not an earlier result, a name beside it."""
-    stem, suffix = relative.with_suffix(""), ".csv" if relative.suffix == ".csv" else ".png"
+def choose_output(relative, output, taken, suffix=".png"):
+    """Choose the file for a result: DIR/<relative path with `suffix`> or, where that would replace another result of
+    this call or a file that is not an earlier result, a name beside it."""
+    stem = relative.with_suffix("")
     for name in chain((f"{stem}{suffix}", f"{relative}{suffix}"), (f"{stem}-{n}{suffix}" for n in count(2))):
         path = output / name
         key = str(path).casefold()      # some file systems take A.png and a.png for one
@@ -224,10 +232,13 @@ def split_files(train_dirs, val_dir=None):
     def in_ffhq(path):
         return re.fullmatch(r"(\d\d)000/\1\d{3}", f"{path.parent.name}/{path.stem}")
 
-    tested = TESTED.read_text().split()
+    def validates(path):
+        return path.stem >= "60000" if in_ffhq(path) else zlib.crc32(os.fsencode(path.name)) % 100 < VAL_PERCENT
+
+    tested = set(TESTED.read_text().split())
     files = {path.resolve(): path for folder in train_dirs for path in find_images(folder)}
-    files = [path for path in files.values() if path.stem not in tested or not in_ffhq(path)]
-    if 2 * len(named := {path.stem for path in files}.intersection(tested)) > len(tested):
+    files = {key: path for key, path in files.items() if path.stem not in tested or not in_ffhq(path)}
+    if 2 * len(named := tested.intersection(path.stem for path in files.values())) > len(tested):
         print(f"warning: {len(named)} pictures have names of {TESTED.name}: never train on test faces", file=sys.stderr)
     if not files:
         raise DataError(f"{' '.join(map(str, train_dirs))}: no pictures found; expected a folder of faces "
@@ -236,21 +247,15 @@ def split_files(train_dirs, val_dir=None):
         val = find_images(val_dir)
         if not val:
             raise DataError(f"{val_dir}: no pictures found to validate on")
-        held_out = {path.resolve() for path in val}
-        if train := [path for path in files if path.resolve() not in held_out]:
-            return train, val
-        raise DataError(f"{val_dir}: holds every training picture, so none is left to train on")
-
-    def validates(path):
-        return path.stem >= "60000" if in_ffhq(path) else zlib.crc32(os.fsencode(path.name)) % 100 < VAL_PERCENT
-
-    val = [path for path in files if validates(path)]
-    if not val or len(val) == len(files):   # too few files for a share: one validates
-        if len(files) < 2:
-            raise DataError(f"{files[0]}: one picture is too few to train and to validate on")
-        val = [files[-1]]
-    held_out = set(val)
-    return [path for path in files if path not in held_out], val
+    else:
+        val = [path for path in files.values() if validates(path)]
+        if not val or len(val) == len(files):       # too few files for a share: one validates
+            val = list(files.values())[-1:]
+    held_out = {path.resolve() for path in val}
+    if train := [path for key, path in files.items() if key not in held_out]:
+        return train, val
+    raise DataError(f"{val_dir}: holds every training picture, so none is left to train on" if val_dir else
+                    f"{val[0]}: one picture is too few to train and to validate on")
 
 
 def square_face(picture):
@@ -640,19 +645,16 @@ def degrade(hr, scale, rng, rank=0, world=1):
 
 
 def simulate(hr, scale, kernel="bicubic", damage="none"):
-    """Cut an (H, W, 3) uint8 picture to a multiple of `scale` and reduce it with one of KERNELS and one
-    of DAMAGES: (lr, hr), both uint8. The same picture always meets the same fate.
-
-    Blur has a sigma of 1 HR pixel, or of the 3 in its name, noise a deviation of 4 levels, JPEG the quality of its
-    name. "wild" is what people have: turned by up to 30 degrees, the face reduced to 0.55 to 1 of its frame, in half
-    of the pictures blur of up to 2 HR pixels, any kernel, in half noise of up to 8 levels, in 70 % JPEG 40 to 95.
-    """
+    """Cut an (H, W, 3) uint8 picture to a multiple of `scale` and reduce it with one of KERNELS and one of DAMAGES:
+    (lr, hr), both uint8. The same picture always meets the same fate. "wild" is what people have: turned by up to 30
+    degrees, the face reduced to 0.55 to 1 of its frame, in half of the pictures blur of up to 2 HR pixels, any kernel,
+    in half noise of up to 8 levels, in 70 % JPEG 40 to 95."""
     height, width = (side - side % scale for side in hr.shape[:2])
     if not height or not width:
         raise DataError(f"only {hr.shape[1]}x{hr.shape[0]} pixels, too small to reduce")
     hr = np.ascontiguousarray(hr[:height, :width])
     rng = np.random.default_rng(zlib.crc32(hr.tobytes()) if damage == "wild" else 0)
-    sigma, deviation, quality = {"blur": 1, "blur3": 3}.get(damage, 0), 4 * (damage == "noise"), 0
+    sigma, deviation, quality = DAMAGES[damage]
     if damage == "wild":
         angle, zoom, kernel = rng.uniform(-30, 30), rng.uniform(0.55, 1), rng.choice(list(KERNELS))
         reduced = Image.fromarray(hr).resize((round(width * zoom), round(height * zoom)), Image.Resampling.LANCZOS)
@@ -662,8 +664,6 @@ def simulate(hr, scale, kernel="bicubic", damage="none"):
                             borderMode=cv2.BORDER_REFLECT_101)
         sigma, deviation = rng.uniform(0, 2) * (rng.random() < 0.5), rng.uniform(0, 8) * (rng.random() < 0.5)
         quality = rng.integers(40, 96) * (rng.random() < 0.7)
-    elif damage.startswith("jpeg"):
-        quality = int(damage[4:])
     lr = to_uint8(downscale(to_tensor([cv2.GaussianBlur(hr, (0, 0), sigma) if sigma else hr]), scale, kernel))[0]
     if deviation:
         lr = np.rint(lr + rng.standard_normal(lr.shape) * deviation).clip(0, 255).astype(np.uint8)

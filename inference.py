@@ -26,14 +26,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_loader import (DAMAGES, FACE_SIZE, FACES, KERNELS, DataError, choose_output, enlarge, find_images,
-                         find_inputs, is_result, open_image, printable, read_image, simulate, write_png)
-from loss import (STUDY_KEYS, STUDY_STYLE, LossError, Study, aimed, build_study, captioned_pairs, compare, fit,
+from data_loader import (DAMAGES, FACE_SIZE, KERNELS, DataError, choose_output, enlarge, find_images,
+                         find_inputs, is_result, open_image, printable, read_image, simulate, write_picture)
+from loss import (FACES, STUDY_KEYS, STUDY_STYLE, LossError, Study, aimed, build_study, captioned_pairs, compare, fit,
                   load_lpips, photo_rows, photo_table, plot_comparison, pointed, report, report_study, sample_faces,
                   write_csv)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Networks, Picture,
-                   added_detail, enlargement, locked, photo_sentence, read_extras, restore_photos, select_device,
-                   shown_share, upscale, upscale_pictures, upscale_reduced, write_result, write_results)
+                   added_detail, enlargement, locked, photo_sentence, photo_suffix, read_extras, restore_photos,
+                   select_device, shown_share, upscale, upscale_pictures, upscale_reduced, write_result, write_results)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 SHOWN = 12                  # pictures in the comparison figure
@@ -82,7 +82,7 @@ def read_pictures(args, files, scale, taken, failed):
                                 f"have {RESULT_LIMIT:,}; use --{'enlarge 1' if args.photo else 'photo'}")
             if not args.photo and height * width > 1e6:         # some 20 s and more on a CPU
                 tqdm.write(f"{path}: {width * scale}x{height * scale} pixels take a while; --photo does faces only")
-            output = choose_output(relative, args.output, taken)
+            output = choose_output(relative, args.output, taken, photo_suffix(path, alpha) if args.photo else ".png")
             name = printable(output.relative_to(args.output).with_suffix(""))
             share = 1 if args.photo or hr is not None else shown_share(lr)      # what is scored stays as it is
             yield Picture(name, output, lr, alpha, hr, sr, share, extras=read_extras(path))
@@ -110,7 +110,7 @@ def main(args):
         failed(sentence)
     if args.inputs and not files:
         return 2
-    networks = Networks(args.checkpoint, device, args.precision, args.flip)
+    networks = Networks(args.checkpoint, device, args.precision)
     generator, faithful = networks(args.strength), networks(0) if args.added else None
     if args.scale not in (None, generator.scale):
         tqdm.write(f"warning: {args.checkpoint} enlarges {generator.scale} times, whatever --scale says", sys.stderr)
@@ -118,8 +118,8 @@ def main(args):
     args.output.mkdir(parents=True, exist_ok=True)
 
     scores, sheet, faces, taken, done, finished, blurred, sides = {}, {}, [], set(), 0, 0, 0, []
-    comparison, table = (choose_output(Path(name), args.output, taken)
-                         for name in ("comparison.png", "faces.csv" if args.photo else "metrics.csv"))
+    comparison, table = (choose_output(Path(name), args.output, taken, suffix) for name, suffix in (
+        ("comparison", ".png"), ("faces" if args.photo else "metrics", ".csv")))
     pictures = read_pictures(args, files, generator.scale, taken, failed)
     if args.photo:
         results = restore_photos(generator, pictures, args.batch_size, args.enlarge, args.background,
@@ -283,7 +283,7 @@ class Workshop:
         self.args, self.folder, self.jobs = args, folder, {}
         self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
         self.device = select_device(args.device)
-        self.networks = Networks(args.checkpoint, self.device, args.precision, args.flip)
+        self.networks = Networks(args.checkpoint, self.device, args.precision)
         self.files, self.scale, self.has_knob = self.networks.files, self.networks.scale, self.networks.has_knob
         self.upscale(np.zeros((32, 32, 3), np.uint8), args.strength)            # the first one is slow
 
@@ -383,7 +383,8 @@ class Workshop:
         factor = len(sr) // len(picture.lr)
         if photo:
             restored = any(patch.action == "restored" for patch in picture.patches)
-            picture.output = folder / f"{path.stem}_{'restored' if restored else f'x{factor}'}.png"
+            what, suffix = "restored" if restored else f"x{factor}", photo_suffix(path, picture.alpha)
+            picture.output = folder / f"{path.stem}_{what}{suffix}"
         write_result(picture, sr)
         bicubic, scores = enlarge(picture.lr, factor), {} if picture.hr is None else compare(picture, sr, scale)[1]
         invented = added_detail(self.restore(job, picture, 0, False, scale), sr) if added and not photo else None
@@ -393,7 +394,7 @@ class Workshop:
         else:
             pair[0] = folder / "screen.png"
             for file, large in zip(pair, (sr, bicubic)):
-                write_png(file, fit(large, SCREEN))
+                write_picture(file, fit(large, SCREEN))
         line = "{1} x {0} → {3} x {2} pixels".format(*picture.lr.shape[:2], *sr.shape[:2])
         if photo:
             line += f"; {photo_sentence(picture.patches)} (missed one? See below)"
@@ -418,14 +419,15 @@ class Workshop:
             for number, path in enumerate(paths, 1):
                 job.text = f"Picture {number} of {len(paths)}"
                 try:
-                    output = choose_output(Path(path.name), folder, taken)
-                    picture = self.read(path, output, scale, whole=False)
+                    picture = self.read(path, None, scale, whole=False)
                     photo = max(picture.lr.shape) > FACE_AT_MOST
+                    suffix = photo_suffix(path, picture.alpha) if photo else ".png"
+                    picture.output = choose_output(Path(path.name), folder, taken, suffix)
                     sr = self.restore(job, picture, strength, photo, scale or self.suited(picture.lr))
                     write_result(picture, sr)
                     pack.write(picture.output, picture.output.name)
                     pair = np.hstack([enlarge(picture.lr, len(sr) // len(picture.lr)), sr])
-                    write_png(picture.output, fit(pair, 1024))      # the gallery shows no more
+                    write_picture(picture.output, fit(pair, 1024))      # the gallery shows no more
                     pairs += [(str(picture.output), path.name), *captioned_pairs(picture, sr, path.name)]
                     faces += photo_table(picture)
                     notes += [f"{path.name}: {photo_sentence(picture.patches)}"] * photo
@@ -539,7 +541,7 @@ def build_app(workshop, study):
     for name, face in sample_faces().items():
         for scale, picture in ({n: simulate(face, n)[0] for n in sorted(workshop.files)} | {None: face}).items():
             path = workshop.folder / f"{name}_{len(picture)}.png"
-            write_png(path, picture)
+            write_picture(path, picture)
             examples.setdefault(scale, str(path))
             samples.append([str(path), scale is None, scale or workshop.scale])
             titles.append(f"{name.replace('_', ' ').title()}, {len(picture)} x {len(picture)}")
@@ -678,14 +680,13 @@ def parse_arguments(argv=None):
     truth.add_argument("--hr", type=Path, metavar="DIR", help="ground truth of the same names: score against it")
     truth.add_argument("--simulate", action="store_true", help="the inputs are HR: reduce them first")
     add("--kernel", default="bicubic", choices=list(KERNELS), help="how HR is reduced [%(default)s]")
-    add("--damage", default="none", choices=DAMAGES, help="what else --simulate does to the picture [%(default)s]")
+    add("--damage", default="none", choices=list(DAMAGES), help="what else --simulate does to it [%(default)s]")
     add("--scale", type=int, choices=[4, 8], help="enlargement: 8 is for faces of 12 to 20 pixels [4]")
     add("--checkpoint", type=Path, metavar="FILE", help="trained generator, of any scale [the shipped SRGAN]")
     add("--strength", type=float, default=1.0, help="from 0, faithful: the SRResNet that lies beside the checkpoint, "
         "to 1, vivid: the checkpoint itself [%(default)s]")
     add("--lpips", action="store_true", help="score LPIPS too, with --simulate or --hr; needs pip install lpips")
     add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
-    add("--flip", action="store_true", help="average with the mirrored picture's result: more faithful, half as fast")
     add("--photo", action="store_true", help="the inputs are photographs: find and restore their faces")
     add("--enlarge", type=int, choices=[1, 2, 4], help="of a photograph [4 up to 1 megapixel, 2 up to 4, else 1]")
     add("--background", choices=["network", "bicubic"], help="how the rest of a photograph is enlarged 4 "

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data_loader import (LPIPS, MARK, METRICS, DataError, Face, choose_output, cut_face, enlarge, find_images,
+from data_loader import (MARK, DataError, Face, choose_output, cut_face, enlarge, find_images,
                          is_result, printable, read_image, resize_square, simulate, square_face, to_tensor,
                          write_atomically)
 from model import CheckpointError, load_plain
@@ -164,6 +164,13 @@ class GeneratorLoss(nn.Module):
         return sum(weight * terms[name] for name, weight in self.weights.items()), terms
 
 
+# The tables of scores and of faces that inference.py writes; `is_result` knows them by their beginning.
+METRICS = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic",
+           "psnr_y_bicubic", "ssim_y_bicubic", "lr_psnr")
+LPIPS = "lpips", "lpips_bicubic"        # columns more, if asked for
+FACES = ("image", "face", "x", "y", "size", "angle", "score", "working_size", "action")
+
+
 # Scores and figures ------------------------------------------------------------------------------
 
 def luma(picture):
@@ -248,7 +255,7 @@ def plot_comparison(path, rows, note=""):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")      # a name in a script without font
         write_atomically(path, lambda file: figure.savefig(
-            file, format="png", dpi=110, metadata={"Software": MARK},
+            file, format="png", dpi=110, metadata={"Software": MARK.decode()},
             pil_kwargs={"compress_level": 1, "compress_type": 3}))      # run lengths: fast, and no larger
 
 
@@ -684,7 +691,8 @@ def plot_opinions(path, lines):
     axes.set(ylim=(0.9, 5.1), yticks=range(1, 6), yticklabels=[f"{n} {grade}" for n, grade in enumerate(GRADES, 1)],
              title="Mean opinion score with its 95 % interval")
     axes.grid(axis="y", alpha=0.3)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130, metadata={"Software": MARK}))
+    write_atomically(path, lambda file: figure.savefig(
+        file, format="png", dpi=130, metadata={"Software": MARK.decode()}))
 
 
 def report_study(ratings, output):

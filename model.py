@@ -16,7 +16,6 @@ import io
 import os
 import re
 import zipfile
-import zlib
 from collections import Counter, deque
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from data_loader import (SAME, Face, cut_face, enlarge, find_faces, lost, open_image, resize_square, to_tensor,
-                         to_uint8, turning, working_size, write_atomically, write_png)
+                         to_uint8, turning, working_size, write_atomically, write_picture)
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -207,19 +206,24 @@ class Picture:
     share: float = 1                    # of its pixels a side that show anything: less of a face that is blurred
     patches: list = field(default_factory=list)     # the faces, of a photograph
     marked: list = field(default_factory=list)      # (Face, "restored" or "kept") that somebody has pointed at
-    extras: tuple = ()                              # its colour profile and EXIF data, as PNG chunks
+    extras: dict = field(default_factory=dict)      # its colour profile and EXIF data
 
 
 def read_extras(path):
-    """Read what a result takes over from a picture, its colour profile and EXIF data, as PNG chunks: (name, bytes)."""
-    chunks = []
+    """Read what a result takes over from a picture, its colour profile and EXIF data: keywords for `write_picture`."""
+    extras = {}
     with contextlib.suppress(Exception), open_image(path) as image:       # damaged ones do no harm
         if (profile := image.info.get("icc_profile")) and image.mode in ("RGB", "RGBA", "P"):
-            chunks.append((b"iCCP", b"profile\0\0" + zlib.compress(profile)))
+            extras["icc_profile"] = profile
         if exif := image.getexif():
             exif.pop(ExifTags.Base.Orientation, None)       # `read_image` has applied it
-            chunks.append((b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
-    return tuple(chunks)
+            extras |= {"exif": data} if len(data := exif.tobytes()) < 65000 else {}     # no more fits into a JPEG
+    return extras
+
+
+def photo_suffix(path, alpha):
+    """A photograph that came as a JPEG stays one: a PNG would take several times its space."""
+    return ".jpg" if path.suffix.lower() in (".jpg", ".jpeg") and alpha is None else ".png"
 
 
 def shown_share(lr):
@@ -272,12 +276,12 @@ def upscale_pictures(generator, pictures, batch_size, tiny=None):
 
 
 def write_result(picture, sr):
-    """Write the PNG of a result, with the alpha channel enlarged beside it, unless somebody else has made it."""
+    """Write the picture of a result, with the alpha channel enlarged beside it, unless somebody else has made it."""
     if picture.sr is not None:
         return
     if picture.alpha is not None:
         sr = np.dstack([sr, enlarge(picture.alpha, len(sr) // len(picture.lr))])
-    write_png(picture.output, sr, picture.extras)
+    write_picture(picture.output, sr, picture.extras)
 
 
 def write_results(results):
@@ -465,17 +469,6 @@ def photo_sentence(patches):
     return f"{len(patches)} face{'s' * (len(patches) != 1)}, {', '.join(parts)}" if patches else "no face found"
 
 
-class FlipEnsemble(nn.Module):
-    """The mean of a generator's results for a picture and for its mirror image, in twice the time."""
-
-    def __init__(self, generator):
-        super().__init__()
-        self.generator, self.scale = generator, generator.scale
-
-    def forward(self, lr):
-        return (self.generator(lr) + self.generator(lr.flip(-1)).flip(-1)) / 2
-
-
 class AtWork(nn.Module):
     """A generator at work for a job: its tiles take turns with those of others, and end when nobody waits."""
 
@@ -632,9 +625,9 @@ def load_checkpoint(path):
     return generator.eval(), training
 
 
-def load_generator(checkpoint, strength=1, device=torch.device("cpu"), precision="float32", flip=False):
+def load_generator(checkpoint, strength=1, device=torch.device("cpu"), precision="float32"):
     """Load a generator, ready for inference, of a strength from 0 (the SRResNet beside the checkpoint) to 1 (the
-    checkpoint itself); with `flip`, as a FlipEnsemble. `precision` is one of PRECISIONS."""
+    checkpoint itself). `precision` is one of PRECISIONS."""
     generator, _ = load_checkpoint(checkpoint)
     if strength != 1:
         path = checkpoint.with_name(f"srresnet_x{generator.scale}.pth")
@@ -642,20 +635,19 @@ def load_generator(checkpoint, strength=1, device=torch.device("cpu"), precision
             raise CheckpointError(f"--strength, --added and --study need {path}, the faithful network beside "
                                   f"{checkpoint.name}")
         generator = interpolate(load_checkpoint(path)[0], generator, strength)
-    generator = generator.for_inference(select_dtype(precision, device)).to(device)
-    return FlipEnsemble(generator) if flip else generator
+    return generator.for_inference(select_dtype(precision, device)).to(device)
 
 
 class Networks:
     """A checkpoint, and the SRResNet and those of the other scale that lie beside it, as generators that are ready for
     inference: networks(strength, scale), each loaded when it is first asked for; by default, its own scale."""
 
-    def __init__(self, checkpoint, device=torch.device("cpu"), precision="float32", flip=False):
+    def __init__(self, checkpoint, device=torch.device("cpu"), precision="float32"):
         self.files = siblings(checkpoint)                                       # by scale
         self.scale = next(scale for scale, path in self.files.items() if path == checkpoint)
         self.has_knob = all(path.with_name(f"srresnet_x{scale}.pth").exists() for scale, path in self.files.items())
         self.load = functools.lru_cache(maxsize=48)(                            # the knob has 21 places
-            lambda strength, scale: load_generator(self.files[scale], strength, device, precision, flip))
+            lambda strength, scale: load_generator(self.files[scale], strength, device, precision))
 
     def __call__(self, strength=1, scale=None):
         return self.load(round(strength, 2), scale or self.scale)

@@ -199,7 +199,7 @@ def test_names_that_are_not_utf8_or_as_long_as_can_be(tmp_path):
     train_files, val_files = split_files([tmp_path])
     assert len(load_faces(train_files + val_files, progress=False)) == 2
     assert printable(Path(odd).name) == "b\ufffd.png" and printable("=1+1.png") == "./=1+1.png"
-    data_loader.write_png(long, gradient(9, 9))
+    data_loader.write_picture(long, gradient(9, 9))
     assert is_result(long)
 
 
@@ -225,7 +225,7 @@ def test_what_killed_processes_left_is_removed(tmp_path):
         path.touch()
     for path in (old, mine):
         os.utime(path, (1, 1))
-    data_loader.write_png(tmp_path / "a.png", gradient(9, 9))
+    data_loader.write_picture(tmp_path / "a.png", gradient(9, 9))
     assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, mine.name, "a.png"]
 
 
@@ -462,5 +462,5 @@ def test_a_full_memory_is_called_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cv2, "imencode", full)
     with pytest.raises(MemoryError):
-        data_loader.write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+        data_loader.write_picture(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
     assert not list(tmp_path.iterdir())

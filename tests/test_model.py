@@ -16,7 +16,6 @@ from model import (
     CheckpointError,
     DeviceError,
     Discriminator,
-    FlipEnsemble,
     Generator,
     bicubic,
     interpolate,
@@ -176,16 +175,6 @@ def test_interpolation_goes_from_one_network_to_the_other():
         interpolate(faithful, Generator(blocks=2, channels=8), 0.5)
 
 
-def test_flip_ensemble_has_no_handedness():
-    torch.manual_seed(0)
-    generator = Generator(blocks=1, channels=8).eval()
-    lr = torch.rand(2, 3, 6, 5)
-    sr = FlipEnsemble(generator)(lr)
-    torch.testing.assert_close(sr, FlipEnsemble(generator)(lr.flip(-1)).flip(-1))
-    torch.testing.assert_close(sr, (generator(lr) + generator(lr.flip(-1)).flip(-1)) / 2)
-    assert not torch.allclose(sr, generator(lr))
-
-
 @pytest.mark.parametrize("patch", [16, 24, 64, 96, 128])
 def test_discriminator_takes_any_patch_and_returns_logits(patch):
     torch.manual_seed(0)
@@ -330,7 +319,7 @@ def test_siblings_are_the_same_network_at_other_scales(tmp_path):
 
 
 def test_a_generator_is_loaded_as_the_flags_say(tmp_path):
-    """Strength between the pair, precision, mirror; without a pair only strength 1."""
+    """Strength between the pair, precision; without a pair only strength 1."""
     for seed, name in enumerate(("srresnet_x4.pth", "srgan_x4.pth")):
         torch.manual_seed(seed)
         save_checkpoint(tmp_path / name, Generator(blocks=1, channels=8), {})
@@ -339,8 +328,6 @@ def test_a_generator_is_loaded_as_the_flags_say(tmp_path):
     for strength in (0, 0.3, 1):
         expected = interpolate(faithful, vivid, strength).for_inference()
         torch.testing.assert_close(load_generator(tmp_path / "srgan_x4.pth", strength)(lr), expected(lr))
-    mirrored = load_generator(tmp_path / "srgan_x4.pth", 1, flip=True)
-    torch.testing.assert_close(mirrored(lr), FlipEnsemble(vivid.for_inference())(lr))
     assert next(load_generator(tmp_path / "srgan_x4.pth", precision="bfloat16").parameters()).dtype == torch.bfloat16
     (tmp_path / "srresnet_x4.pth").unlink()
     load_generator(tmp_path / "srgan_x4.pth")

@@ -17,7 +17,7 @@ import inference
 import model
 from data_loader import DataError, enlarge, find_faces, read_image, resize_square, working_size
 from inference import CHECKPOINT, Picture, restore_photos, upscale
-from loss import aimed, pointed, psnr
+from loss import FACES, aimed, pointed, psnr
 from model import CLEAR, blockiness, load_checkpoint
 
 GRAY = 110
@@ -339,13 +339,13 @@ def test_the_command_writes_the_picture_the_table_and_the_figure(portraits, tmp_
         assert "party: 2 faces, 1 restored, 1 left as is (sharp already)" in said.out
         assert "sub/coffee: no face found" in said.out and "broken.jpg: not a picture" in said.err
         assert {path.name for path in out.rglob("*") if path.is_file()} == {
-            "party.png", "coffee.png", "comparison.png", "faces.csv", "faces.csv.csv"}
+            "party.png", "coffee.png", "comparison.png", "faces.csv", "faces-2.csv"}
     assert (out / "faces.csv").read_text() == "mine"
     sr, alpha = read_image(out / "party.png")
     assert sr.shape == (880, 1280, 3) and (alpha == 200).all()
-    with open(out / "faces.csv.csv", newline="") as file:
+    with open(out / "faces-2.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == list(data_loader.FACES)
+    assert list(rows[0]) == list(FACES)
     assert [(row["image"], row["face"], row["action"]) for row in rows] == [
         ("party", "1", "restored"), ("party", "2", "sharp")]
     for row, (x, y, side, _) in zip(rows, truth):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import inference
-from data_loader import DataError, write_png
+from data_loader import DataError, write_picture
 from loss import (
     METHODS, RATINGS, Study, append_rating, krippendorff_alpha, mean_opinion_scores, read_ratings, study_order,
     study_results)
@@ -227,7 +227,7 @@ def test_a_study_of_other_faces_does_not_go_on(study, tmp_path, faces):
     for path in sorted(faces.iterdir())[:2]:
         (tmp_path / "few" / f"x{path.name}").write_bytes(path.read_bytes())
     (tmp_path / "few" / "broken.png").write_text("hello")
-    write_png(tmp_path / "few" / "result.png", np.zeros((128, 128, 3), np.uint8))      # of ours, so no original
+    write_picture(tmp_path / "few" / "result.png", np.zeros((128, 128, 3), np.uint8))      # of ours, so no original
     other = Study(FakeWorkshop(), tmp_path / "few", tmp_path / "ratings.csv", 3)
     assert len(other.faces) == 2
     with pytest.raises(DataError, match="anna"):
