@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections import defaultdict
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -147,8 +148,7 @@ def main(args):
             faces += photo_table(picture)
         if line:
             scores[picture.name] = line
-        if args.inputs and not args.photo:
-            sides.append(max(picture.lr.shape))
+        sides += [max(picture.lr.shape)] * bool(args.inputs and not args.photo)
         if show:
             sheet[picture.name] = rows
     try:
@@ -280,7 +280,7 @@ class Workshop:
     time, in order of arrival, so that nobody's large picture holds up somebody's face."""
 
     def __init__(self, args, folder):
-        self.args, self.folder, self.jobs = args, folder, {}
+        self.args, self.folder, self.jobs, self.found = args, folder, {}, defaultdict(list)
         self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
         self.device = select_device(args.device)
         self.networks = Networks(args.checkpoint, self.device, args.precision)
@@ -329,6 +329,7 @@ class Workshop:
                 with contextlib.suppress(OSError):
                     if path not in kept and os.stat(path).st_mtime < time.time() - age:
                         os.unlink(path)
+                        self.found.pop(Path(path), None)
 
     def upscale(self, lr, strength):
         return upscale(self.at_work()(strength), [lr])[0]
@@ -369,7 +370,7 @@ class Workshop:
                 (lr, hr), alpha = simulate(lr, scale, self.args.kernel, self.args.damage), None
         except DataError as error:
             raise DataError(str(error).replace(str(path), path.name)) from None
-        return Picture(path.stem, output, lr, alpha, hr, extras=read_extras(path))
+        return Picture(path.stem, output, lr, alpha, hr, found=self.found[path], extras=read_extras(path))
 
     def enlarge(self, job, path, strength, shrink, added, whole, scale, marked=(), faces_only=False):
         """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, to fit a
@@ -475,7 +476,7 @@ def build_app(workshop, study):
                 cancel: gr.Button(interactive=False), clock: gr.Timer(active=bool(result.file)), made: result.pair}
 
     def stop(request: gr.Request):
-        return "Cancelled." if workshop.cancel(request.session_hash) else gr.skip()
+        return "Cancelled. Whatever you change starts again." if workshop.cancel(request.session_hash) else gr.skip()
 
     def notice_deletion(made):
         gone = made and not Path(made[1]).exists()
@@ -584,7 +585,7 @@ def build_app(workshop, study):
                     whole = gr.Checkbox(label="Treat it as one face", info="Else, a large picture is a photograph.")
                     only = gr.Checkbox(label="Faces only", info="Of a photograph: the rest is only enlarged.")
             with gr.Column(elem_id="rest"):
-                gr.Examples(samples, [photo, shrink, scale], label="Or try one of these", example_labels=titles)
+                pick = gr.Examples(samples, [photo, shrink, scale], label="Or try one of these", example_labels=titles)
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
@@ -594,10 +595,10 @@ def build_app(workshop, study):
             hidden = dict(api_visibility="private", **at_once)
             settings = [photo, strength, shrink, added, whole, scale, only, marks, found]
             boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, added, status]
-            gr.on([photo.change, strength.change, shrink.input, added.input, whole.input, scale.input, only.input,
+            gr.on([strength.change, shrink.input, added.input, whole.input, scale.input, only.input,
                    marks.change], upscale_one, settings, boxes, trigger_mode="multiple", api_name="upscale", **at_once)
-            photo.input(begin, photo, [shrink, whole, scale], **hidden).then(
-                upscale_one, settings, boxes, trigger_mode="multiple", **hidden)
+            for given in (photo.input(begin, photo, [shrink, whole, scale], **hidden), pick.load_input_event):
+                given.then(upscale_one, settings, boxes, trigger_mode="multiple", **hidden)
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
             photo.change(lambda: None, None, target, **hidden)
@@ -650,8 +651,7 @@ def serve(args):
                 auth=args.auth and tuple(args.auth.split(":", 1)), inbrowser=True, prevent_thread_lock=True,
                 run_history=False, footer_links=[],
                 theme=gr.themes.Default(font="system-ui", font_mono="ui-monospace"), css=STYLE + STUDY_STYLE,
-                head=KEYS + STUDY_KEYS,
-                max_file_size="50mb", app_kwargs={"middleware": [Middleware(only_this_host)]})
+                head=KEYS + STUDY_KEYS, max_file_size="50mb", app_kwargs={"middleware": [Middleware(only_this_host)]})
         except OSError:
             raise UsageError(f"--host {args.host} --port {args.port or '7860 to 7959'}: cannot listen there; "
                              "another program does, or the address is not this machine's") from None
@@ -689,8 +689,7 @@ def parse_arguments(argv=None):
     add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
     add("--photo", action="store_true", help="the inputs are photographs: find and restore their faces")
     add("--enlarge", type=int, choices=[1, 2, 4], help="of a photograph [4 up to 1 megapixel, 2 up to 4, else 1]")
-    add("--background", choices=["network", "bicubic"], help="how the rest of a photograph is enlarged 4 "
-        "times [network up to half a megapixel where no face is left alone; else, and 1 or 2 times, bicubic]")
+    add("--background", choices=["network", "bicubic"], help="for the rest of a photograph [network if it is quick]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="auto", choices=PRECISIONS, help=PRECISION_HELP)
     add("--batch-size", type=int, default=16, help="pictures of one size at a time [%(default)s]")

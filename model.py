@@ -204,7 +204,8 @@ class Picture:
     hr: np.ndarray | None = None        # (sH, sW, 3) uint8
     sr: np.ndarray | None = None        # the same, where it is finished already, and only to be scored
     share: float = 1                    # of its pixels a side that show anything: less of a face that is blurred
-    patches: list = field(default_factory=list)     # the faces, of a photograph
+    found: list = field(default_factory=list)       # of a photograph, its Faces, if they are known already
+    patches: list = field(default_factory=list)     # what becomes of them
     marked: list = field(default_factory=list)      # (Face, "restored" or "kept") that somebody has pointed at
     extras: dict = field(default_factory=dict)      # its colour profile and EXIF data
 
@@ -340,8 +341,8 @@ def blockiness(photo):
     return float(np.mean(ratios))
 
 
-def find_patches(photo, factor, smallest=SMALLEST[4], marked=()):
-    """Find the faces of an (H, W, 3) uint8 photograph and decide what to do with each, if the result is `factor`
+def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
+    """Decide what to do with each of the Faces `found` in an (H, W, 3) uint8 photograph, if the result is `factor`
     times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. What is
     `marked`, (Face, "restored" or "kept"), replaces what was found with its middle in that frame, and keeps its turn.
 
@@ -349,7 +350,7 @@ def find_patches(photo, factor, smallest=SMALLEST[4], marked=()):
     coarsened, is reduced first to what it shows. Sharp, it is turned by quarters, which loses nothing, blurred until it
     is upright: the network knows tilts up to 30 degrees, but of blurred faces it makes grimaces there.
     """
-    patches, faces = [], [(face, None) for face in find_faces(photo)]
+    patches, faces = [], [(face, None) for face in found]
     for face, wish in marked:
         meant = [max(abs(other.x - face.x), abs(other.y - face.y)) < face.size / 2 for other, _ in faces]
         place = (meant + [True]).index(True)
@@ -450,7 +451,9 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
     for picture in photos:
         size = picture.lr.shape[0] * picture.lr.shape[1]
         number = enlargement(picture.lr, factor)
-        group.append((picture, number, find_patches(picture.lr, number, SMALLEST[8 if tiny else 4], picture.marked)))
+        picture.found[:] = picture.found or find_faces(picture.lr)
+        smallest = SMALLEST[8 if tiny else 4]
+        group.append((picture, number, make_patches(picture.lr, picture.found, number, smallest, picture.marked)))
         pixels += size
         if pixels > 4e6 or sum(len(patches) for _, _, patches in group) >= batch_size:
             yield from restore(group)

@@ -272,15 +272,7 @@ class Stage:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.main_process = rank == 0
 
-        # Setup data:
-        self.folders = args.gan_train_dir if self.gan and args.gan_train_dir else args.train_dir
-        faces, self.val_faces = load_split(tuple(self.folders), args.val_dir, VAL_FACES, self.main_process)
-        self.face_count = len(faces)
-        self.batches = Prefetch(FaceBatches(
-            place_faces(faces, device), args.batch_size, args.patch_size, args.scale, args.degradation,
-            seed=2 * args.seed + self.gan, rank=rank, world=world, device=device))
-
-        # Setup networks:
+        # Setup networks, before the data, whose reading takes longer than to see a wrong flag:
         torch.manual_seed(args.seed)
         generator = Generator(args.scale, args.blocks, args.channels, not args.no_bicubic_residual)
         discriminator = Discriminator(args.channels)
@@ -330,6 +322,14 @@ class Stage:
                                           enabled=dtype != torch.float32)
         networks = (self.generator, self.discriminator) if self.gan else (self.generator,)
         self.statistics = [buffer for network in networks for buffer in network.buffers()]
+
+        # Setup data:
+        self.folders = args.gan_train_dir if self.gan and args.gan_train_dir else args.train_dir
+        faces, self.val_faces = load_split(tuple(self.folders), args.val_dir, VAL_FACES, self.main_process)
+        self.face_count = len(faces)
+        self.batches = Prefetch(FaceBatches(
+            place_faces(faces, device), args.batch_size, args.patch_size, args.scale, args.degradation,
+            seed=2 * args.seed + self.gan, rank=rank, world=world, device=device))
 
         # Setup progress. Batches are a function of the step and nothing else in the training is
         # random, so the step is the whole random state.

@@ -25,7 +25,8 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 import inference
-from data_loader import find_images, read_image
+import model
+from data_loader import Face, find_images, read_image
 from inference import CHECKPOINT
 from loss import METHODS, append_rating, read_ratings, study_order
 from model import Generator, locked, save_checkpoint
@@ -107,7 +108,7 @@ def upscale(client, path, strength=1.0, shrink=False, added=False, whole=False, 
     """Call the Upscale tab: a namespace of pictures (None where there is none) and the line of text."""
     path = path and handle_file(path)
     settings = strength, shrink, added, whole, scale, only
-    *outputs, eightfold, invent, line = client.predict(path, *settings, api_name="/upscale")
+    *outputs, _, _, eightfold, invent, line = client.predict(path, *settings, api_name="/upscale")
     gallery = outputs.pop(4).get("value") or []
     faces = [(np.array(Image.open(face["image"])), face["caption"]) for face in gallery]
     files = [part["value"] if isinstance(part, dict) and "value" in part else part for part in outputs]
@@ -435,8 +436,9 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     places = [(x, y) for y in range(53) for x in range(73)]
     found = min(places, key=lambda place: np.abs(wall[place[1]:place[1] + 18, place[0]:place[0] + 18] - face).sum())
     assert face.std() > 20 and np.abs(np.subtract(found, (63, 12))).max() <= 2, found
+    close = slider_picture(page)
     page.locator("#faces button").nth(0).click()
-    assert np.array_equal(slider_picture(page, other_than=slider_picture(page)), whole)
+    assert np.array_equal(slider_picture(page, other_than=close), whole)
 
 
 def test_ten_ratings_by_keyboard(app, page):
@@ -556,6 +558,18 @@ def test_a_large_picture_does_not_hold_up_a_face(workshop):
         assert workshop.upscale(np.zeros((32, 32, 3), np.uint8), 1).shape == (128, 128, 3)
         assert large.result().shape == (1, 2400, 2400, 3)
     assert len(widths) == 10 and widths.index(32) <= 2
+
+
+def test_the_faces_of_a_photograph_are_looked_for_once(workshop, monkeypatch):
+    """Not again for other settings; after its deletion nothing of it is known any more."""
+    seen = []
+    monkeypatch.setattr(model, "find_faces", lambda picture: seen.append(picture.shape) or [Face(40, 40, 30, 0, 1)])
+    path = save(workshop.folder / "photo.png", (90, 80))
+    lines = [workshop.enlarge(None, path, 1, False, False, False, 4, faces_only=only).line for only in (False, True)]
+    assert seen == [(80, 90, 3)] and all("1 face, 1 restored" in line for line in lines)
+    os.utime(path, (1, 1))
+    workshop.sweep(set())
+    assert path not in workshop.found
 
 
 def test_uploads_are_deleted_under_load_and_samples_stay(workshop, tmp_path, monkeypatch):
