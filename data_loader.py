@@ -417,7 +417,7 @@ def _frame(points, score):
     return Face(float(centre.real), float(centre.imag), float(side), float(angle), score)
 
 
-def lost(picture, again, even=0.9):
+def reduction_error(picture, again, even=0.9):
     """Mean squared error of two (H, W, 3) uint8 pictures. From 30 pixels a side on, grain does not count: what is lost
     everywhere alike, so that the median of 8x8 fields has more than `even` of the mean, below 100 (levels squared)."""
     errors = np.square(picture.astype(np.float32) - again).mean(2)
@@ -441,7 +441,7 @@ def working_size(square):
 
     def error(side, even=0.9):
         again = resize_square(resize_square(square, side), len(square))
-        return lost(square[middle, middle], again[middle, middle], even)
+        return reduction_error(square[middle, middle], again[middle, middle], even)
 
     finest = round(0.8 * len(square))       # above it, a blurred face has nothing but grain
     if len(square) >= 60 and error(finest) < error(finest, 1):

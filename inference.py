@@ -81,12 +81,13 @@ def read_pictures(args, files, scale, taken, failed):
             if height * width * factor ** 2 > RESULT_LIMIT:
                 raise DataError(f"{path}: {width}x{height} pixels, too many to enlarge {factor} times: the result may "
                                 f"have {RESULT_LIMIT:,}; use --{'enlarge 1' if args.photo else 'photo'}")
-            if not args.photo and height * width > 1e6:         # some 20 s and more on a CPU
-                tqdm.write(f"{path}: {width * scale}x{height * scale} pixels take a while; --photo does faces only")
+            given = args.photo or args.as_is or hr is not None      # what is scored is given as it is
+            if not given and height * width > 2**20:        # some 20 s and more on a CPU
+                raise DataError(f"{path}: {width}x{height} pixels are no single face: --photo finds those in it, "
+                                "--as-is enlarges all of it by the network, which takes a while")
             output = choose_output(relative, args.output, taken, photo_suffix(path, alpha) if args.photo else ".png")
             name = printable(output.relative_to(args.output).with_suffix(""))
-            share = 1 if args.photo or hr is not None else shown_share(lr)      # what is scored stays as it is
-            yield Picture(name, output, lr, alpha, hr, sr, share, extras=read_extras(path))
+            yield Picture(name, output, lr, alpha, hr, sr, 1 if given else shown_share(lr), extras=read_extras(path))
         except (DataError, OSError, MemoryError) as error:
             reason = str(error) or "not enough memory"
             failed(reason if str(path) in reason else f"{path}: {reason}")
@@ -98,8 +99,7 @@ def main(args):
         return report_study(args.study_report, args.output)
     if args.ui:
         return serve(args)
-    started = time.monotonic()
-    problems = []
+    started, problems = time.monotonic(), []
 
     def failed(sentence):
         problems.append(sentence)
@@ -171,7 +171,7 @@ def main(args):
         print(f"hint: {len(scores)} of the {number} pictures in {args.hr} count in the means")
     deed = "scored as results of" if finished else "upscaled"
     what, how = ("photograph", "") if args.photo else ("picture", f" {deed} {generator.scale}x")
-    how += f" ({blurred} blurred, so reduced first to what they show)" * bool(blurred)
+    how += f" ({blurred} blurred, so reduced first to what they show, but --as-is)" * bool(blurred)
     print(f"{done} {what}{'s' * (done != 1)}{how} into {args.output} in {time.monotonic() - started:.1f} s on the "
           f"{device.type}" + f"; compare: {comparison}" * bool(sheet))
     return 2 if not done else 1 if problems else 0
@@ -222,7 +222,7 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
 @media (max-width: 700px) {
     #work {display: flex} #show {display: contents} #give {order: -2} #status {order: -1; min-height: 4.8em}
-    #status p {font-size: .85em} #knobs {order: 1} :is(#faces, #more) {order: 2} #rest {order: 3}
+    #status p {font-size: .85em} #knobs {order: 2} :is(#faces, #more) {order: 1} #rest {order: 3}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
     .caption-label {font-size: 10px !important}
     #photo {height: 140px !important; min-height: 0 !important}
@@ -679,13 +679,14 @@ def parse_arguments(argv=None):
     truth = parser.add_mutually_exclusive_group()
     truth.add_argument("--hr", type=Path, metavar="DIR", help="ground truth of the same names: score against it")
     truth.add_argument("--simulate", action="store_true", help="the inputs are HR: reduce them first")
-    add("--kernel", default="bicubic", choices=list(KERNELS), help="how HR is reduced [%(default)s]")
-    add("--damage", default="none", choices=list(DAMAGES), help="what else --simulate does to it [%(default)s]")
+    add("--kernel", default="bicubic", choices=list(KERNELS), help="how HR is reduced, or was, with --hr [%(default)s]")
+    add("--damage", default="none", choices=list(DAMAGES), help="what else befalls it, or did, with --hr [%(default)s]")
     add("--scale", type=int, choices=[4, 8], help="enlargement: 8 is for faces of 12 to 20 pixels [4]")
     add("--checkpoint", type=Path, metavar="FILE", help="trained generator, of any scale [the shipped SRGAN]")
     add("--strength", type=float, default=1.0, help="from 0, faithful: the SRResNet that lies beside the checkpoint, "
         "to 1, vivid: the checkpoint itself [%(default)s]")
     add("--lpips", action="store_true", help="score LPIPS too, with --simulate or --hr; needs pip install lpips")
+    add("--as-is", action="store_true", help="give the network every picture as it is, also blurred and large ones")
     add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
     add("--photo", action="store_true", help="the inputs are photographs: find and restore their faces")
     add("--enlarge", type=int, choices=[1, 2, 4], help="of a photograph [4 up to 1 megapixel, 2 up to 4, else 1]")

@@ -145,7 +145,7 @@ class GeneratorLoss(nn.Module):
     """
 
     # A new term needs its line here: name: (what it is, its weight unless train.py is told another, whether it is in
-    # SRResNet's loss too, it).
+    # SRResNet's loss too, it). One that compares D(hr) with D(sr) needs real logits: `Stage.train_step` has them.
     TERMS = {
         "pixel": ("mean squared error (equation 4)", 1.0, True, lambda self, sr, hr, logits: F.mse_loss(sr, hr)),
         "vgg": ("relative VGG distance", 0.02, False, lambda self, sr, hr, logits: vgg_distance(self.features, sr, hr)),

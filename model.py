@@ -31,8 +31,8 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data_loader import (SAME, Face, cut_face, enlarge, find_faces, lost, open_image, resize_square, to_tensor,
-                         to_uint8, turning, working_size, write_atomically, write_picture)
+from data_loader import (SAME, Face, cut_face, enlarge, find_faces, open_image, reduction_error, resize_square,
+                         to_tensor, to_uint8, turning, working_size, write_atomically, write_picture)
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -52,6 +52,8 @@ class CheckpointError(Exception):
 class DeviceError(Exception):
     """A device that is not there; the message is one sentence for the user."""
 
+
+# Networks -----------------------------------------------------------------------------------------
 
 def bicubic(lr, scale):
     """Enlarge (N, 3, H, W) by `scale` with Pillow's bicubic kernel (a = -0.5), not clamped."""
@@ -79,20 +81,18 @@ class Generator(nn.Module):
         scale: enlargement, 2, 4 or 8; one sub-pixel convolution per doubling.
         blocks: residual blocks (the paper: 16).
         channels: feature channels (the paper: 64).
-        bicubic_residual: predict the difference to the bicubically enlarged input instead of the
-            picture. Not in the paper; it trains many times faster and keeps colours from
-            drifting. False is the paper's network.
+        bicubic_residual: predict the difference to the bicubically enlarged input instead of the picture. Not in the
+            paper; it trains many times faster and keeps colours from drifting. False is the paper's network.
 
-    Input and output are RGB in [0, 1] of any height and width; the output is not clamped, so that
-    the losses keep their gradient outside the range.
+    Input and output are RGB in [0, 1] of any height and width; the output is not clamped, so that the losses keep
+    their gradient outside the range.
     """
 
     def __init__(self, scale=4, blocks=16, channels=64, bicubic_residual=True):
         super().__init__()
         if scale not in (2, 4, 8):
             raise ValueError(f"scale must be 2, 4 or 8, not {scale}")
-        self.architecture = dict(scale=scale, blocks=blocks, channels=channels,
-                                 bicubic_residual=bicubic_residual)
+        self.architecture = dict(scale=scale, blocks=blocks, channels=channels, bicubic_residual=bicubic_residual)
         self.scale, self.bicubic_residual = scale, bicubic_residual
         self.head = nn.Sequential(nn.Conv2d(3, channels, 9, padding=4), nn.PReLU())
         self.body = nn.Sequential(
@@ -100,8 +100,7 @@ class Generator(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
         upsample = []
         for _ in range(scale.bit_length() - 1):
-            upsample += [nn.Conv2d(channels, 4 * channels, 3, padding=1), nn.PixelShuffle(2),
-                         nn.PReLU()]
+            upsample += [nn.Conv2d(channels, 4 * channels, 3, padding=1), nn.PixelShuffle(2), nn.PReLU()]
         self.upsample = nn.Sequential(*upsample)
         self.tail = nn.Conv2d(channels, 3, 9, padding=4)
         for module in self.upsample:
@@ -116,11 +115,14 @@ class Generator(nn.Module):
         dtype = self.head[0].weight.dtype                   # lower than float32 only in inference
         features = self.head(lr.to(dtype))                  # (N, C, H, W)
         features = features + self.body(features)           # (N, C, H, W)
-        # From here: self.tail(self.upsample(features)), only faster. With other layers there, write that.
-        *upsample, _, prelu = self.upsample                 # the last shuffle is left to the tail
-        for layer in upsample:
-            features = layer(features)                      # (N, 4C, sH/2, sW/2)
-        sr = shuffled_conv(prelu(features), self.tail).float()          # (N, 3, sH, sW)
+        *layers, shuffle, activation = None, *self.upsample
+        alike = isinstance(activation, nn.LeakyReLU) or getattr(activation, "num_parameters", 0) == 1
+        if getattr(shuffle, "upscale_factor", 0) == 2 and alike:        # of all channels
+            for layer in layers[1:]:                        # as below, only faster: the tail does the last shuffle
+                features = layer(features)                  # (N, 4C, sH/2, sW/2)
+            sr = shuffled_conv(activation(features), self.tail).float()
+        else:
+            sr = self.tail(self.upsample(features)).float()             # (N, 3, sH, sW)
         return sr + bicubic(lr, self.scale) if self.bicubic_residual else sr
 
     def for_inference(self, dtype=torch.float32):
@@ -141,6 +143,60 @@ class Generator(nn.Module):
         return net.to(dtype, memory_format=torch.channels_last)
 
 
+def icnr_(conv):
+    """Initialise a convolution before PixelShuffle(2) so that the pair enlarges like nearest neighbour: the four
+    sub-pixels start equal, and no checkerboard is trained in (Aitken et al. 2017, arXiv:1707.02937)."""
+    with torch.no_grad():
+        for parameter in (conv.weight, conv.bias):
+            parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
+
+
+def shuffled_conv(features, conv):
+    """Compute conv(F.pixel_shuffle(features, 2)) without making the large intermediate: (N, 4C, H, W) -> (N, outputs,
+    2H, 2W). Kernels other than of 4k + 1 with padding 2k take the usual way.
+
+    The convolution is carried out on the small grid: its kernel, shifted by 0 or 1 for each of the four sub-pixels of
+    the result and unshuffled like a picture, becomes one of half the size. The tail's three output channels keep a
+    processor's wide registers mostly idle; twelve fill them."""
+    if type(conv) is not nn.Conv2d or conv.bias is None or conv.kernel_size[0] % 4 != 1 or (
+            conv.padding[0] != conv.kernel_size[0] // 2):
+        return conv(F.pixel_shuffle(features, 2))
+    kernel = F.pad(conv.weight, (1, 1, 1, 1))               # (outputs, C, 4k + 3, 4k + 3)
+    size = kernel.shape[-1] - 1
+    kernel = torch.stack([F.pixel_unshuffle(kernel[..., y:y + size, x:x + size], 2)
+                          for y in (1, 0) for x in (1, 0)], dim=1).flatten(0, 1)
+    bias = conv.bias.repeat_interleave(4)
+    return F.pixel_shuffle(F.conv2d(features, kernel, bias, padding=conv.padding[0] // 2), 2)
+
+
+class Discriminator(nn.Module):
+    """The discriminator of section 2.1.1: eight 3x3 convolutions, 64 to 512 channels, every second one with stride 2,
+    then two dense layers.
+
+    Takes RGB in [0, 1] of any size from 16x16 and returns logits of shape (N,): positive for real. The paper's dense
+    layer sees all positions of a 96x96 picture; here the features are averaged to 4x4 cells first (the size of a 64x64
+    patch's), so that any patch size fits and the dense layer stays at 8.4 million weights.
+    """
+
+    def __init__(self, channels=64):
+        super().__init__()
+        layers, inputs = [], 3
+        for i in range(8):
+            outputs = channels * 2 ** (i // 2)
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=1 + i % 2, padding=1, bias=i == 0)]
+            layers += [nn.BatchNorm2d(outputs)] if i else []
+            layers += [nn.LeakyReLU(0.2)]
+            inputs = outputs
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * inputs, 16 * channels),
+            nn.LeakyReLU(0.2), nn.Linear(16 * channels, 1))
+
+    def forward(self, picture):                             # (N, 3, H, W)
+        features = self.features(picture * 2 - 1)           # (N, 8C, H/16, W/16)
+        return self.classifier(features).float().flatten()  # (N,)
+
+
 def interpolate(faithful, vivid, strength):
     """Make the generator between two of one architecture: every parameter and batch-norm statistic is
     (1 - strength) * faithful + strength * vivid. Network interpolation, Wang et al. 2018, "ESRGAN"
@@ -154,14 +210,249 @@ def interpolate(faithful, vivid, strength):
     return between
 
 
+# Checkpoints --------------------------------------------------------------------------------------
+
+def save_plain(path, content):
+    """Write tensors, numbers, strings, lists and dicts of them as one .pth file, whole or not at all."""
+    with io.BytesIO() as buffer:    # torch.save into a file hides why it cannot be written
+        torch.save(content, buffer)
+        write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def load_plain(path):
+    """Read what `save_plain` wrote, or another file of plain tensors: nothing in it can run code, and what unpacks to
+    more than CONTENT bytes is not read. Raises CheckpointError with one sentence for a missing or damaged file."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: not a file")        # a pipe would never end
+        size = path.stat().st_size
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                size = sum(part.file_size for part in parts.infolist())
+        if size > CONTENT:
+            raise CheckpointError(f"{path}: unpacks to {size:,} bytes, more than any checkpoint of this project")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file") from None
+    except CheckpointError:
+        raise
+    except Exception as error:      # torch.load raises half a dozen unrelated kinds
+        reason = getattr(error, "strerror", None) or "damaged, or not only plain tensors"
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from None
+
+
+def checksum(weights):
+    """SHA-256 of a state dict: names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path, generator, training):
+    """Write a generator's weights and architecture, and the facts of its training (a dict of numbers, strings and dicts
+    of those), as one .pth file."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in generator.state_dict().items()}
+    save_plain(path, {"format": FORMAT, "architecture": generator.architecture, "weights": weights,
+                      "checksum": checksum(weights), "training": training})
+
+
+def load_checkpoint(path):
+    """Read a checkpoint: (generator in eval mode on the CPU, facts of its training).
+
+    Raises CheckpointError with one sentence for a missing, damaged or foreign file, and for weights that are not
+    finite or, where the file has a checksum, have changed since they were written."""
+    content = load_plain(path)
+    try:
+        if content["format"] != FORMAT:
+            raise ValueError
+        architecture, weights = content["architecture"], content["weights"]
+        # Before anything is computed or takes memory: plain numbers in bounds, and every shape as it must be.
+        known = {name: type(flag.default) for name, flag in inspect.signature(Generator).parameters.items()}
+        if any(type(value) is not known[name] for name, value in architecture.items()) or not (
+                1 <= architecture["blocks"] <= 256 and 1 <= architecture["channels"] <= 1024):
+            raise ValueError
+        with torch.device("meta"):
+            generator = Generator(**architecture)
+        expected = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in generator.state_dict().items()}
+        found = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in weights.items()}
+        if found != expected:
+            name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+            raise CheckpointError(f"{path}: does not fit the Generator of this code, first in {name[:80]!r}")
+        # One small storage can pose as many large tensors.
+        if len({tensor.data_ptr() for tensor in weights.values()}) < len(weights) or not all(
+                tensor.is_contiguous() for tensor in weights.values()):
+            raise ValueError
+        generator.load_state_dict(weights, assign=True)
+        generator.float()
+        training = dict(content["training"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        raise CheckpointError(f"{path}: not a generator checkpoint of this project (format {FORMAT})") from None
+    if content.get("checksum", checksum(weights)) != checksum(weights):
+        raise CheckpointError(f"{path}: damaged, the weights are not those that were written")
+    if not all(tensor.isfinite().all() and (tensor.min() >= 0 or not name.endswith("running_var"))
+               for name, tensor in generator.state_dict().items()):
+        raise CheckpointError(f"{path}: holds weights that are not finite, or negative variances")
+    return generator.eval(), training
+
+
+def load_generator(checkpoint, strength=1, device=torch.device("cpu"), precision="float32"):
+    """Load a generator, ready for inference, of a strength from 0 (the SRResNet beside the checkpoint) to 1 (the
+    checkpoint itself). `precision` is one of PRECISIONS."""
+    generator, _ = load_checkpoint(checkpoint)
+    if strength != 1:
+        path = checkpoint.with_name(f"srresnet_x{generator.scale}.pth")
+        if not path.exists():
+            raise CheckpointError(f"--strength, --added and --study need {path}, the faithful network beside "
+                                  f"{checkpoint.name}")
+        generator = interpolate(load_checkpoint(path)[0], generator, strength)
+    return generator.for_inference(select_dtype(precision, device)).to(device)
+
+
+class Networks:
+    """A checkpoint, and the SRResNet and those of the other scale that lie beside it, as generators that are ready for
+    inference: networks(strength, scale), each loaded when it is first asked for; by default, its own scale."""
+
+    def __init__(self, checkpoint, device=torch.device("cpu"), precision="float32"):
+        self.files = siblings(checkpoint)                                       # by scale
+        self.scale = next(scale for scale, path in self.files.items() if path == checkpoint)
+        self.has_knob = all(path.with_name(f"srresnet_x{scale}.pth").exists() for scale, path in self.files.items())
+        self.load = functools.lru_cache(maxsize=48)(                            # the knob has 21 places
+            lambda strength, scale: load_generator(self.files[scale], strength, device, precision))
+
+    def __call__(self, strength=1, scale=None):
+        return self.load(round(strength, 2), scale or self.scale)
+
+    def at_work(self, job, worker):
+        """The same for a job, whose tiles take turns with those of others."""
+        networks = copy.copy(self)
+        networks.load = lambda strength, scale: AtWork(self.load(strength, scale), job, worker)
+        return networks
+
+    def tiny(self, strength):
+        """A function that gives the generator for faces below TINY pixels, or None."""
+        return functools.partial(self, strength, 8) if 8 in self.files else None
+
+    def gentle(self, strength):
+        """A function that gives the generator for faces from CLEAR pixels on and for backgrounds, or None."""
+        return functools.partial(self, strength / 2, min(self.files)) if self.has_knob else None
+
+
+def siblings(checkpoint):
+    """List a checkpoint and those of other scales that lie beside it under the same name: a dict scale -> path."""
+    found = {scale: checkpoint.with_name(re.sub(r"_x\d\.pth$", f"_x{scale}.pth", checkpoint.name)) for scale in (4, 8)}
+    own = load_checkpoint(checkpoint)[0].scale
+    return {scale: path for scale, path in found.items() if path != checkpoint and path.exists()} | {own: checkpoint}
+
+
+class AtWork(nn.Module):
+    """A generator at work for a job: its tiles take turns with those of others, and end when nobody waits."""
+
+    def __init__(self, generator, job, worker):
+        super().__init__()
+        self.generator, self.scale, self.job, self.worker = generator, generator.scale, job, worker
+
+    def forward(self, lr):
+        if self.job.gone:
+            raise CancelledError
+        return self.worker.submit(self.generator, lr).result()
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Reserve a folder for this process, as long as it lives: yields False where another one has it. Where the system
+    or the file system knows no such locks, everybody gets it."""
+    descriptor, mine = None, True
+    with contextlib.suppress(ImportError):
+        import fcntl
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mine = False
+        except OSError:
+            pass
+    try:
+        yield mine
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+# Devices ------------------------------------------------------------------------------------------
+
+def select_device(name):
+    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device, with its index on CUDA as tensors report it; auto
+    is CUDA where there is one. With several processes a machine, "cuda" is the GPU of this one.
+
+    From then on float32 is float32: TF32, with its 10 bits of mantissa, is off for convolutions and products."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise DeviceError(f"--device {name}: there is no CUDA device {index} on this machine, which has "
+                              f"{torch.cuda.device_count()}; try --device cpu, or fewer processes")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return device
+
+
+def select_dtype(name, device):
+    """Turn one of PRECISIONS into a dtype; auto is bfloat16 where the hardware computes in it (CPUs with
+    instructions for it, GPUs of compute capability 8 and above), float16 on GPUs of 7, else float32. Weights in
+    training and all losses stay float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        if torch.version.hip or major >= 8:
+            return torch.bfloat16
+        # Pascal is slow in float16; the GTX 16 series, of 7.5 too, is known for NaN in it.
+        return torch.float16 if major == 7 and "GTX 16" not in device_name(device) else torch.float32
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    native = features.get("avx512_bf16") or features.get("amx_bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+# Pictures -----------------------------------------------------------------------------------------
+
+@dataclass
+class Picture:
+    """One picture on its way: what was read, and where the result goes."""
+    name: str                           # as it is printed and stands in the tables
+    output: Path
+    lr: np.ndarray                      # (H, W, 3) uint8
+    alpha: np.ndarray | None = None     # (H, W) uint8
+    hr: np.ndarray | None = None        # (sH, sW, 3) uint8
+    sr: np.ndarray | None = None        # the same, where it is finished already, and only to be scored
+    share: float = 1                    # of its pixels a side that show anything: less of a face that is blurred
+    found: list = field(default_factory=list)       # of a photograph, its Faces, if they are known already
+    patches: list = field(default_factory=list)     # what becomes of them
+    marked: list = field(default_factory=list)      # (Face, "restored" or "kept") that somebody has pointed at
+    extras: dict = field(default_factory=dict)      # its colour profile and EXIF data
+
+
 @torch.inference_mode()
 def upscale(generator, pictures):
     """Enlarge pictures of one size: (N, H, W, 3) uint8, or a list of N, to (N, sH, sW, 3) uint8.
 
-    `generator` comes from `Generator.for_inference()`, on any device. Large pictures are cut into equal tiles of
-    at most TILE, each computed with a margin, which hides the seams. The device holds one tile at a time, and
-    the result is held once, in 8 bits.
-    """
+    `generator` comes from `Generator.for_inference()`, on any device. Large pictures are cut into equal tiles of at
+    most TILE, each computed with a margin, which hides the seams. The device holds one tile at a time, and the result
+    is held once, in 8 bits."""
     pictures, device = np.asarray(pictures), next(generator.parameters()).device
     scale, (number, height, width, _) = generator.scale, pictures.shape
     sr = np.empty((number, height * scale, width * scale, 3), np.uint8)
@@ -192,22 +483,6 @@ def keep_tone(lr, sr):
         band, own = sr[top:top + 512], enlarged[top:top + 512]
         levels = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None].astype(np.int16) for picture in (band, own)]
         band[:] = np.clip(own + levels[0] - levels[1], 0, 255)
-
-
-@dataclass
-class Picture:
-    """One picture on its way: what was read, and where the result goes."""
-    name: str                           # as it is printed and stands in the tables
-    output: Path
-    lr: np.ndarray                      # (H, W, 3) uint8
-    alpha: np.ndarray | None = None     # (H, W) uint8
-    hr: np.ndarray | None = None        # (sH, sW, 3) uint8
-    sr: np.ndarray | None = None        # the same, where it is finished already, and only to be scored
-    share: float = 1                    # of its pixels a side that show anything: less of a face that is blurred
-    found: list = field(default_factory=list)       # of a photograph, its Faces, if they are known already
-    patches: list = field(default_factory=list)     # what becomes of them
-    marked: list = field(default_factory=list)      # (Face, "restored" or "kept") that somebody has pointed at
-    extras: dict = field(default_factory=dict)      # its colour profile and EXIF data
 
 
 def read_extras(path):
@@ -303,6 +578,8 @@ def added_detail(faithful, sr):
     return ((sr.astype(np.int16) - faithful) * 3 + 128).clip(0, 255).astype(np.uint8)
 
 
+# Faces in photographs -----------------------------------------------------------------------------
+
 SMALLEST = {4: 20, 8: 12}   # pixels of a frame from which a face can be made, by the largest scale at hand
 TINY = 24                   # pixels: below, eight times gives the better face (LPIPS 0.13 against 0.15 at 20)
 CLEAR = 76                  # pixels: from here on, half the strength is as good (LPIPS) and 0.7 dB nearer to the truth
@@ -348,8 +625,7 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
 
     A face whose pixels hold what they can goes through the network as it is, a blurred one, or one that a JPEG has
     coarsened, is reduced first to what it shows. Sharp, it is turned by quarters, which loses nothing, blurred until it
-    is upright: the network knows tilts up to 30 degrees, but of blurred faces it makes grimaces there.
-    """
+    is upright: the network knows tilts up to 30 degrees, but of blurred faces it makes grimaces there."""
     patches, faces = [], [(face, None) for face in found]
     for face, wish in marked:
         meant = [max(abs(other.x - face.x), abs(other.y - face.y)) < face.size / 2 for other, _ in faces]
@@ -377,7 +653,7 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
     return patches
 
 
-def lay(patch, canvas, factor):
+def paste_face(patch, canvas, factor):
     """Lay a restored face over its place in the enlarged photograph, fading into it at the edge of its square."""
     side = patch.side * factor
     sr = resize_square(patch.sr, side)
@@ -397,7 +673,7 @@ def lay(patch, canvas, factor):
     place[:] = np.rint(place + mask[..., None] * (sr - place.astype(np.float32)))
 
 
-def paint(generator, picture):
+def enlarge_background(generator, picture):
     """Enlarge a photograph with the network; where its faces are blurred, reduced first as they are, or as much less as
     it takes to lose nothing else. Where nothing fits, as it is, or by bicubic if the network makes worms of grain."""
     share = max((len(patch.lr) / patch.side for patch in picture.patches if patch.action == "restored"), default=1)
@@ -405,9 +681,9 @@ def paint(generator, picture):
     while share < SOFT[4]:
         small = photo.resize([max(1, round(side * share)) for side in photo.size], Image.Resampling.BICUBIC)
         again = np.asarray(small.resize(photo.size, Image.Resampling.BICUBIC))
-        if lost(picture.lr, again) < SAME:
+        if reduction_error(picture.lr, again) < SAME:
             return upscale_reduced(generator, picture.lr, share)
-        grain, share = lost(picture.lr, again) < lost(picture.lr, again, 1), 1.4 * share
+        grain, share = reduction_error(picture.lr, again) < reduction_error(picture.lr, again, 1), 1.4 * share
     return enlarge(picture.lr, generator.scale) if grain else upscale(generator, [picture.lr])[0]
 
 
@@ -423,8 +699,7 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
     `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
     rest is enlarged: by default with the network, where that is quick and no face is too sharp for it. Faces go through
     it in batches, those of several photographs together. `tiny` and `gentle`, functions that give a generator, as those
-    of Networks, do so for faces of less than TINY and of CLEAR and more pixels.
-    """
+    of Networks, do so for faces of less than TINY pixels, and for those of CLEAR and more and for the rest."""
     def restore(group):
         patches = [patch for _, _, faces in group for patch in faces if patch.action == "restored"]
         chosen = {}
@@ -439,12 +714,13 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
             sharp = any(patch.action in LEFT for patch in picture.patches)
             way = background or ("network" if megapixels <= 0.5 and not sharp else "bicubic")
             painted = way == "network" and number == generator.scale
-            canvas = paint(generator, picture) if painted else enlarge(picture.lr, number)
+            milder = gentle() if painted and gentle else generator      # it knows faces, and of edges makes scribbles
+            canvas = enlarge_background(milder, picture) if painted else enlarge(picture.lr, number)
             for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
                 if painted and patch.action in LEFT:
                     patch.sr = enlarge(patch.lr, number)
                 if patch.sr is not None:
-                    lay(patch, canvas, number)
+                    paste_face(patch, canvas, number)
             yield picture, canvas
 
     group, pixels = [], 0
@@ -470,276 +746,3 @@ def photo_sentence(patches):
     parts += [f"{numbers['kept']} left as is (as asked)"] * bool(numbers["kept"])
     parts += [f"{numbers['small']} too small"] * bool(numbers["small"])
     return f"{len(patches)} face{'s' * (len(patches) != 1)}, {', '.join(parts)}" if patches else "no face found"
-
-
-class AtWork(nn.Module):
-    """A generator at work for a job: its tiles take turns with those of others, and end when nobody waits."""
-
-    def __init__(self, generator, job, worker):
-        super().__init__()
-        self.generator, self.scale, self.job, self.worker = generator, generator.scale, job, worker
-
-    def forward(self, lr):
-        if self.job.gone:
-            raise CancelledError
-        return self.worker.submit(self.generator, lr).result()
-
-
-def icnr_(conv):
-    """Initialise a convolution before PixelShuffle(2) so that the pair enlarges like nearest neighbour: the four
-    sub-pixels start equal, and no checkerboard is trained in (Aitken et al. 2017, arXiv:1707.02937)."""
-    with torch.no_grad():
-        for parameter in (conv.weight, conv.bias):
-            parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
-
-
-def shuffled_conv(features, conv):
-    """Compute conv(F.pixel_shuffle(features, 2)) without making the large intermediate.
-
-    The convolution is carried out on the small grid: its kernel, shifted by 0 or 1 for each of the four
-    sub-pixels of the result and unshuffled like a picture, becomes one of half the size. The tail's three
-    output channels keep a processor's wide registers mostly idle; twelve fill them.
-    (N, 4C, H, W) -> (N, outputs, 2H, 2W); kernels other than of 4k + 1 with padding 2k take the usual way.
-    """
-    if conv.bias is None or conv.kernel_size[0] % 4 != 1 or conv.padding[0] != conv.kernel_size[0] // 2:
-        return conv(F.pixel_shuffle(features, 2))
-    kernel = F.pad(conv.weight, (1, 1, 1, 1))               # (outputs, C, 4k + 3, 4k + 3)
-    size = kernel.shape[-1] - 1
-    kernel = torch.stack([F.pixel_unshuffle(kernel[..., y:y + size, x:x + size], 2)
-                          for y in (1, 0) for x in (1, 0)], dim=1).flatten(0, 1)
-    bias = conv.bias.repeat_interleave(4)
-    return F.pixel_shuffle(F.conv2d(features, kernel, bias, padding=conv.padding[0] // 2), 2)
-
-
-class Discriminator(nn.Module):
-    """The discriminator of section 2.1.1: eight 3x3 convolutions, 64 to 512 channels, every second one with stride 2,
-    then two dense layers.
-
-    Takes RGB in [0, 1] of any size from 16x16 and returns logits of shape (N,): positive for real. The paper's dense
-    layer sees all positions of a 96x96 picture; here the features are averaged to 4x4 cells first (the size of a 64x64
-    patch's), so that any patch size fits and the dense layer stays at 8.4 million weights.
-    """
-
-    def __init__(self, channels=64):
-        super().__init__()
-        layers, inputs = [], 3
-        for i in range(8):
-            outputs = channels * 2 ** (i // 2)
-            layers += [nn.Conv2d(inputs, outputs, 3, stride=1 + i % 2, padding=1, bias=i == 0)]
-            layers += [nn.BatchNorm2d(outputs)] if i else []
-            layers += [nn.LeakyReLU(0.2)]
-            inputs = outputs
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(
-            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * inputs, 16 * channels),
-            nn.LeakyReLU(0.2), nn.Linear(16 * channels, 1))
-
-    def forward(self, picture):                             # (N, 3, H, W)
-        features = self.features(picture * 2 - 1)           # (N, 8C, H/16, W/16)
-        return self.classifier(features).float().flatten()  # (N,)
-
-
-def save_plain(path, content):
-    """Write tensors, numbers, strings, lists and dicts of them as one .pth file, whole or not at all."""
-    with io.BytesIO() as buffer:    # torch.save into a file hides why it cannot be written
-        torch.save(content, buffer)
-        write_atomically(path, lambda file: file.write(buffer.getbuffer()))
-
-
-def load_plain(path):
-    """Read what `save_plain` wrote, or another file of plain tensors: nothing in it can run code, and what unpacks to
-    more than CONTENT bytes is not read. Raises CheckpointError with one sentence for a missing or damaged file."""
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: not a file")        # a pipe would never end
-        size = path.stat().st_size
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as parts:
-                size = sum(part.file_size for part in parts.infolist())
-        if size > CONTENT:
-            raise CheckpointError(f"{path}: unpacks to {size:,} bytes, more than any checkpoint of this project")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
-    except CheckpointError:
-        raise
-    except Exception as error:      # torch.load raises half a dozen unrelated kinds
-        reason = getattr(error, "strerror", None) or "damaged, or not only plain tensors"
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from None
-
-
-def checksum(weights):
-    """SHA-256 of a state dict: names, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def save_checkpoint(path, generator, training):
-    """Write a generator's weights and architecture, and the facts of its training (a dict of
-    numbers, strings and dicts of those), as one .pth file."""
-    weights = {name: tensor.detach().cpu().contiguous()
-               for name, tensor in generator.state_dict().items()}
-    save_plain(path, {"format": FORMAT, "architecture": generator.architecture, "weights": weights,
-                      "checksum": checksum(weights), "training": training})
-
-
-def load_checkpoint(path):
-    """Read a checkpoint: (generator in eval mode on the CPU, facts of its training).
-
-    Raises CheckpointError with one sentence for a missing, damaged or foreign file, and for weights that are not
-    finite or, where the file has a checksum, have changed since they were written.
-    """
-    content = load_plain(path)
-    try:
-        if content["format"] != FORMAT:
-            raise ValueError
-        architecture, weights = content["architecture"], content["weights"]
-        # Before anything is computed or takes memory: plain numbers in bounds, and every shape as it must be.
-        known = {name: type(flag.default) for name, flag in inspect.signature(Generator).parameters.items()}
-        if any(type(value) is not known[name] for name, value in architecture.items()) or not (
-                1 <= architecture["blocks"] <= 256 and 1 <= architecture["channels"] <= 1024):
-            raise ValueError
-        with torch.device("meta"):
-            generator = Generator(**architecture)
-        expected = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in generator.state_dict().items()}
-        found = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in weights.items()}
-        if found != expected:
-            name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-            raise CheckpointError(f"{path}: does not fit the Generator of this code, first in {name[:80]!r}")
-        # One small storage can pose as many large tensors.
-        if len({tensor.data_ptr() for tensor in weights.values()}) < len(weights) or not all(
-                tensor.is_contiguous() for tensor in weights.values()):
-            raise ValueError
-        generator.load_state_dict(weights, assign=True)
-        generator.float()
-        training = dict(content["training"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
-        raise CheckpointError(f"{path}: not a generator checkpoint of this project "
-                              f"(format {FORMAT})") from None
-    if content.get("checksum", checksum(weights)) != checksum(weights):
-        raise CheckpointError(f"{path}: damaged, the weights are not those that were written")
-    if not all(tensor.isfinite().all() and (tensor.min() >= 0 or not name.endswith("running_var"))
-               for name, tensor in generator.state_dict().items()):
-        raise CheckpointError(f"{path}: holds weights that are not finite, or negative variances")
-    return generator.eval(), training
-
-
-def load_generator(checkpoint, strength=1, device=torch.device("cpu"), precision="float32"):
-    """Load a generator, ready for inference, of a strength from 0 (the SRResNet beside the checkpoint) to 1 (the
-    checkpoint itself). `precision` is one of PRECISIONS."""
-    generator, _ = load_checkpoint(checkpoint)
-    if strength != 1:
-        path = checkpoint.with_name(f"srresnet_x{generator.scale}.pth")
-        if not path.exists():
-            raise CheckpointError(f"--strength, --added and --study need {path}, the faithful network beside "
-                                  f"{checkpoint.name}")
-        generator = interpolate(load_checkpoint(path)[0], generator, strength)
-    return generator.for_inference(select_dtype(precision, device)).to(device)
-
-
-class Networks:
-    """A checkpoint, and the SRResNet and those of the other scale that lie beside it, as generators that are ready for
-    inference: networks(strength, scale), each loaded when it is first asked for; by default, its own scale."""
-
-    def __init__(self, checkpoint, device=torch.device("cpu"), precision="float32"):
-        self.files = siblings(checkpoint)                                       # by scale
-        self.scale = next(scale for scale, path in self.files.items() if path == checkpoint)
-        self.has_knob = all(path.with_name(f"srresnet_x{scale}.pth").exists() for scale, path in self.files.items())
-        self.load = functools.lru_cache(maxsize=48)(                            # the knob has 21 places
-            lambda strength, scale: load_generator(self.files[scale], strength, device, precision))
-
-    def __call__(self, strength=1, scale=None):
-        return self.load(round(strength, 2), scale or self.scale)
-
-    def at_work(self, job, worker):
-        """The same for a job, whose tiles take turns with those of others."""
-        networks = copy.copy(self)
-        networks.load = lambda strength, scale: AtWork(self.load(strength, scale), job, worker)
-        return networks
-
-    def tiny(self, strength):
-        """A function that gives the generator for faces below TINY pixels, or None."""
-        return functools.partial(self, strength, 8) if 8 in self.files else None
-
-    def gentle(self, strength):
-        """A function that gives the generator for faces from CLEAR pixels on, or None."""
-        return functools.partial(self, strength / 2, min(self.files)) if self.has_knob else None
-
-
-def siblings(checkpoint):
-    """List a checkpoint and those of other scales that lie beside it under the same name: a dict scale -> path."""
-    found = {scale: checkpoint.with_name(re.sub(r"_x\d\.pth$", f"_x{scale}.pth", checkpoint.name)) for scale in (4, 8)}
-    own = load_checkpoint(checkpoint)[0].scale
-    return {scale: path for scale, path in found.items() if path != checkpoint and path.exists()} | {own: checkpoint}
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Reserve a folder for this process, as long as it lives: yields False where another one has it. Where the system
-    or the file system knows no such locks, everybody gets it."""
-    descriptor, mine = None, True
-    with contextlib.suppress(ImportError):
-        import fcntl
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            mine = False
-        except OSError:
-            pass
-    try:
-        yield mine
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def select_device(name):
-    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device, with its index on CUDA as tensors report it; auto
-    is CUDA where there is one. With several processes a machine, "cuda" is the GPU of this one.
-
-    From then on float32 is float32: TF32, with its 10 bits of mantissa, is off for convolutions and products.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise DeviceError(f"--device {name}: there is no CUDA device {index} on this machine, which has "
-                              f"{torch.cuda.device_count()}; try --device cpu, or fewer processes")
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    return device
-
-
-def select_dtype(name, device):
-    """Turn one of PRECISIONS into a dtype; auto is bfloat16 where the hardware computes in it (CPUs with
-    instructions for it, GPUs of compute capability 8 and above), float16 on GPUs of 7, else float32. Weights in
-    training and all losses stay float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        major, _ = torch.cuda.get_device_capability(device)
-        if torch.version.hip or major >= 8:
-            return torch.bfloat16
-        # Pascal is slow in float16; the GTX 16 series, of 7.5 too, is known for NaN in it.
-        return torch.float16 if major == 7 and "GTX 16" not in device_name(device) else torch.float32
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    native = features.get("avx512_bf16") or features.get("amx_bf16")
-    return torch.bfloat16 if native else torch.float32
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"CPU, {torch.get_num_threads()} threads"

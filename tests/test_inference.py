@@ -119,6 +119,7 @@ def test_a_blurred_face_is_reduced_first_to_what_it_shows(run, tmp_path, capsys,
     assert np.array_equal(result("sharp"), upscale(shipped, [sharp])[0])
     assert "1 blurred" not in capsys.readouterr().out
     assert np.array_equal(result("blurred", "--hr", tmp_path / "hr"), as_it_is)
+    assert np.array_equal(result("blurred", "--as-is"), as_it_is)
 
 
 def test_the_scale_is_that_of_the_checkpoint_where_one_is_given(run, tmp_path, capsys):
@@ -545,13 +546,23 @@ def test_a_picture_too_large_does_not_harm_the_others(run, tmp_path, capsys, mon
     assert results(tmp_path / "again") == {"z.png"}
 
 
+def test_a_large_picture_is_taken_for_a_photograph_unless_told(run, tmp_path, capsys):
+    """And the good one beside it is still enlarged."""
+    save(tmp_path / "in" / "large.png", Image.new("RGB", (1100, 1000)))
+    save(tmp_path / "in" / "face.png", noise(9, 9))
+    assert run(tmp_path / "in") == 1
+    said = capsys.readouterr()
+    assert "large.png: 1100x1000 pixels are no single face: --photo" in said.err and "Traceback" not in said.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"face.png", "comparison.png"}
+
+
 def test_memory_for_a_large_picture(tiny_checkpoint, tmp_path):
     """Beyond what the libraries take, at most 0.3 GB and 8 bytes for a pixel of the result; before, 16 and more."""
     Image.linear_gradient("L").resize((1400, 1400)).convert("RGB").save(tmp_path / "large.jpg")
     code = (f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); import inference\n"
             "most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "before = most()\n"
-            f"status = inference.run(['large.jpg', '--checkpoint', {str(tiny_checkpoint)!r}, '--device', 'cpu'])\n"
+            f"status = inference.run(['large.jpg', '--as-is', '--checkpoint', {str(tiny_checkpoint)!r}, '--device', 'cpu'])\n"
             "print(status, most() - before)")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     status, most = map(int, done.stdout.split()[-2:])
