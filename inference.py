@@ -2,7 +2,6 @@
 
     python inference.py                                  # a few sample faces: what this project does
     python inference.py FOLDER photo.png                 # upscale files and folders into results/
-    python inference.py FACES --scale 8                  # eight times, for faces of some 16 pixels
     python inference.py party.jpg --photo                # find the faces in photographs and restore them
     python inference.py HR_FOLDER --simulate             # reduce the pictures first, then score the results
     python inference.py --ui [--study HR_FOLDER]         # all that in a browser, with a blind study
@@ -180,8 +179,7 @@ def main(args):
 # The interface ----------------------------------------------------------------------------------
 
 LARGEST = 16_000_000        # of what the network gives, or of a photograph: more would take minutes on a CPU
-FACE_AT_MOST = 64           # pixels a side: what is larger is a photograph
-SHARP_FROM = 80             # pixels a side: what is smaller is not shrunk
+FACE_AT_MOST, SHARP_FROM = 64, 80       # pixels a side: what is larger is a photograph; what is smaller is not shrunk
 SCREEN = 2048               # pixels a side of what the slider shows
 FILES = 200                 # pictures at a time in the Folder tab
 WAITING = 32                # pictures of one address at a time
@@ -199,6 +197,7 @@ WORDS = """
 - **PSNR** (in decibels) and **SSIM** (1 at most): how near a result is to the truth; more is nearer. Sharp results
   often score lower than soft ones: people have to look, too."""
 LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"
+STAMP = "(...args) => (args[9] = Date.now(), args)"      # requests may overtake each other: the last wish counts
 PRIVACY = f"""Your pictures stay on the computer that runs this page, in a temporary folder, and are deleted after
 {KEPT} minutes or when the program ends. Nothing is sent to anybody else."""
 # Nothing on the page may ask another host for anything, whatever Gradio's templates refer to.
@@ -224,8 +223,7 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
     #work {display: flex} #show {display: contents} #give {order: -2} #status {order: -1; min-height: 4.8em}
     #status p {font-size: .85em} #knobs {order: 2} :is(#faces, #more) {order: 1} #rest {order: 3}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
-    .caption-label {font-size: 10px !important}
-    #photo {height: 140px !important; min-height: 0 !important}
+    .caption-label {font-size: 10px !important} #photo {height: 140px !important; min-height: 0 !important}
     #compare:not(.fullscreen) {height: calc(84vw + 28px) !important}}"""
 # What Gradio's slider, which knows the mouse alone, lacks; alternative texts.
 KEYS = """<script>
@@ -282,6 +280,7 @@ class Workshop:
     def __init__(self, args, folder):
         self.args, self.folder, self.jobs, self.found = args, folder, {}, defaultdict(list)
         self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
+        self.last = functools.lru_cache(maxsize=1000)(lambda page: SimpleNamespace(when=0))
         self.device = select_device(args.device)
         self.networks = Networks(args.checkpoint, self.device, args.precision)
         self.files, self.scale, self.has_knob = self.networks.files, self.networks.scale, self.networks.has_knob
@@ -291,9 +290,9 @@ class Workshop:
         """The networks, at work for a job."""
         return self.networks.at_work(job or SimpleNamespace(gone=False), self.worker)
 
-    async def work(self, request, method, *arguments):
+    async def work(self, request, method, *arguments, when=0):
         """Carry out method(job, *arguments) in a thread: yield what it is at from time to time, at the end its result,
-        or None where it was cancelled. What the same page asked before is given up, and what a closed page asked."""
+        or None where it was cancelled. Given up is what the page asked before `when`, and what a closed page asked."""
         import asyncio      # of no use to the command, which starts sooner without
         page, started = request.session_hash, time.monotonic()
         job = SimpleNamespace(host=request.client.host, gone=False, text="Working")
@@ -302,6 +301,10 @@ class Workshop:
             with contextlib.suppress(CancelledError):
                 return method(job, *arguments)
 
+        last = self.last(page)
+        if when and when < last.when:
+            return
+        last.when = when or last.when
         self.cancel(page)
         if sum(other.host == job.host for other in self.jobs.values()) >= WAITING:
             raise DataError(f"{WAITING} pictures from your address are waiting already; try again later")
@@ -412,19 +415,19 @@ class Workshop:
             lr=None if picture.hr is None else picture.lr, faces=captioned_pairs(picture, sr), line=line,
             found={str(path): [patch.face for patch in picture.patches]})
 
-    def enlarge_all(self, job, paths, strength, scale):
-        """Upscale many uploads, a face by `scale` or, if that is 0, as its size asks: (pairs bicubic | ours with their
-        names, photographs followed by their faces; ZIP or None; number; sentences on them and what is unreadable)."""
+    def enlarge_all(self, job, paths, strength):
+        """Upscale many uploads, each as its size asks: (pairs bicubic | ours with their names, photographs followed by
+        their faces; ZIP or None; number; sentences on them and what is unreadable)."""
         folder, taken, pairs, faces, notes = Path(tempfile.mkdtemp(dir=self.folder)), set(), [], [], []
         with zipfile.ZipFile(folder / "results.zip", "w") as pack:
             for number, path in enumerate(paths, 1):
                 job.text = f"Picture {number} of {len(paths)}"
                 try:
-                    picture = self.read(path, None, scale, whole=False)
+                    picture = self.read(path, None, 4, whole=False)
                     photo = max(picture.lr.shape) > FACE_AT_MOST
                     suffix = photo_suffix(path, picture.alpha) if photo else ".png"
                     picture.output = choose_output(Path(path.name), folder, taken, suffix)
-                    sr = self.restore(job, picture, strength, photo, scale or self.suited(picture.lr))
+                    sr = self.restore(job, picture, strength, photo, self.suited(picture.lr))
                     write_result(picture, sr)
                     pack.write(picture.output, picture.output.name)
                     pair = np.hstack([enlarge(picture.lr, len(sr) // len(picture.lr)), sr])
@@ -447,12 +450,12 @@ def build_app(workshop, study):
     # The file as it is: read_image says what is wrong with it. On the class, since Gradio makes the object anew.
     gr.Image.preprocess = lambda self, payload: payload and payload.path
 
-    async def upscale_one(photo, strength, shrink, added, whole, scale, only, marks, found, request: gr.Request):
+    async def upscale_one(photo, strength, shrink, added, whole, scale, only, marks, found, when, request: gr.Request):
         path, marked = Path(photo or examples.get(scale, "")), [mark for where, *mark in marks if where == photo]
         before = {} if str(path) in found else shown(None)      # the result of another picture goes at once
         try:
             async for result in workshop.work(
-                    request, workshop.enlarge, path, strength, shrink, added, whole, scale, marked, only):
+                    request, workshop.enlarge, path, strength, shrink, added, whole, scale, marked, only, when=when):
                 if result is None or isinstance(result, str):       # cancelled, or at work
                     yield before | {cancel: gr.Button(interactive=bool(result))} | ({status: result} if result else {})
                     before = {}
@@ -510,12 +513,12 @@ def build_app(workshop, study):
     def mark(wish, path, face, marks):
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
 
-    async def enlarge_all(files, strength, scale, request: gr.Request):
+    async def enlarge_all(files, strength, request: gr.Request):
         if not files or len(files) > FILES:
             yield [], None, f"Choose 1 to {FILES} pictures first."
             return
         try:
-            async for result in workshop.work(request, workshop.enlarge_all, list(map(Path, files)), strength, scale):
+            async for result in workshop.work(request, workshop.enlarge_all, list(map(Path, files)), strength):
                 if isinstance(result, str):
                     yield gr.skip(), gr.skip(), result
                 elif result:
@@ -529,12 +532,6 @@ def build_app(workshop, study):
                          info="0: faithful and soft. 1: vivid and sharp, more of it invented.", buttons=[])
         knob.preprocess = lambda value: value       # any number may be typed; Workshop.network says what is wrong
         return knob
-
-    def make_choice(*first):
-        choices = [*first, *((f"{scale}x", scale) for scale in sorted(workshop.files))]
-        return gr.Radio(choices, value=first[0][1] if first else workshop.scale,
-                        label="Enlargement of one face", visible=len(workshop.files) > 1,
-                        info="8x is for faces of 12 to 20 pixels: nearly everything is invented.")
 
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
                               visible=False, elem_classes="below")
@@ -576,7 +573,10 @@ def build_app(workshop, study):
                     pixels = small(label="The small picture", elem_classes=["below", "pixels"])
                     truth, invented = small(label="The truth"), small(label="What was invented")
             with gr.Column(elem_id="knobs"):
-                scale, strength = make_choice(), make_knob()
+                scale = gr.Radio([(f"{scale}x", scale) for scale in sorted(workshop.files)], value=workshop.scale,
+                                 label="Enlargement of one face", visible=len(workshop.files) > 1,
+                                 info="8x is for faces of 12 to 20 pixels: nearly everything is invented.")
+                strength = make_knob()
                 with gr.Accordion("More", open=False):
                     shrink = gr.Checkbox(label="This is already sharp: shrink it first",
                                          info="As one face. Then the truth is known, and shown beside the result.")
@@ -593,12 +593,13 @@ def build_app(workshop, study):
             clock = gr.Timer(20, active=False)
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             hidden = dict(api_visibility="private", **at_once)
-            settings = [photo, strength, shrink, added, whole, scale, only, marks, found]
+            when = gr.Number(0, visible="hidden")
+            settings = [photo, strength, shrink, added, whole, scale, only, marks, found, when]
             boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, added, status]
-            gr.on([strength.change, shrink.input, added.input, whole.input, scale.input, only.input,
-                   marks.change], upscale_one, settings, boxes, trigger_mode="multiple", api_name="upscale", **at_once)
+            gr.on([strength.change, shrink.input, added.input, whole.input, scale.input, only.input, marks.change],
+                  upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, api_name="upscale", **at_once)
             for given in (photo.input(begin, photo, [shrink, whole, scale], **hidden), pick.load_input_event):
-                given.then(upscale_one, settings, boxes, trigger_mode="multiple", **hidden)
+                given.then(upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, **hidden)
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
             photo.change(lambda: None, None, target, **hidden)
@@ -612,13 +613,13 @@ def build_app(workshop, study):
         with gr.Tab("Folder"):
             gr.Markdown(f"Up to {FILES} pictures at once: faces, and photographs of up to 16 megapixels.")
             files = gr.File(file_count="multiple", label="Pictures", height=180)
-            same, times = make_knob(), make_choice(("as its size asks", 0))
+            same = make_knob()
             with gr.Row():
                 go, end = gr.Button("Upscale all", variant="primary"), gr.Button("Cancel")
             report, archive = gr.Markdown(), gr.File(label="All results as one ZIP", interactive=False)
             gallery = gr.Gallery(label="Blurry enlargement (left) and ours (right)", object_fit="contain",
                                  interactive=False, buttons=[], elem_id="pairs")
-            go.click(enlarge_all, [files, same, times], [gallery, archive, report], api_name="folder", **at_once)
+            go.click(enlarge_all, [files, same], [gallery, archive, report], api_name="folder", **at_once)
             end.click(stop, None, report, api_visibility="private", queue=False)
         if study:
             with gr.Tab("Study"):
@@ -665,8 +666,6 @@ def serve(args):
             shutil.rmtree(folder, ignore_errors=True)
             sys.stdout.flush()
             os._exit(130)               # a thread may be inside the network, which does not end gently
-        finally:
-            app.close(verbose=False)
 
 
 # Arguments --------------------------------------------------------------------------------------

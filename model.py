@@ -714,7 +714,8 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
             sharp = any(patch.action in LEFT for patch in picture.patches)
             way = background or ("network" if megapixels <= 0.5 and not sharp else "bicubic")
             painted = way == "network" and number == generator.scale
-            milder = gentle() if painted and gentle else generator      # it knows faces, and of edges makes scribbles
+            # Around faces milder, since of edges it makes scribbles; where none was found, one may have been missed.
+            milder = gentle() if painted and gentle and picture.patches else generator
             canvas = enlarge_background(milder, picture) if painted else enlarge(picture.lr, number)
             for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
                 if painted and patch.action in LEFT:

@@ -108,7 +108,7 @@ def upscale(client, path, strength=1.0, shrink=False, added=False, whole=False, 
     """Call the Upscale tab: a namespace of pictures (None where there is none) and the line of text."""
     path = path and handle_file(path)
     settings = strength, shrink, added, whole, scale, only
-    *outputs, _, _, eightfold, invent, line = client.predict(path, *settings, api_name="/upscale")
+    *outputs, eightfold, invent, line = client.predict(path, *settings, api_name="/upscale")
     gallery = outputs.pop(4).get("value") or []
     faces = [(np.array(Image.open(face["image"])), face["caption"]) for face in gallery]
     files = [part["value"] if isinstance(part, dict) and "value" in part else part for part in outputs]
@@ -231,7 +231,7 @@ def test_files_of_the_machine_are_out_of_reach(app, client):
     secret = save(app.folder / "secret.png")
     for path in (str(secret), "/dev/ptmx", "/etc/shadow", str(app.folder / "absent.png")):
         for name, data in {"upscale": [{"path": path}, 1.0, False, False, True, 4],
-                           "folder": [[{"path": path}], 1.0, 4]}.items():
+                           "folder": [[{"path": path}], 1.0]}.items():
             event = httpx.post(f"{app.url}gradio_api/call/{name}", json={"data": data}).json()["event_id"]
             answer = httpx.get(f"{app.url}gradio_api/call/{name}/{event}", timeout=20).text
             assert "12 x 10" not in answer and "1 enlarged" not in answer, (name, path)
@@ -262,12 +262,12 @@ def test_sixteen_people_at_once(app, tmp_path):
 
 
 def test_a_folder(app, client, tmp_path):
-    paths = [save(tmp_path / f"{i}.png", (9, 7), seed=i) for i in range(3)]
+    paths = [save(tmp_path / f"{i}.png", (30, 26), seed=i) for i in range(3)]
     (tmp_path / "other.png").write_text("hello")
     files = [handle_file(path) for path in (*paths, tmp_path / "other.png")]
-    pairs, archive, report = client.predict(files, 0.5, 4, api_name="/folder")
+    pairs, archive, report = client.predict(files, 0.5, api_name="/folder")
     assert [pair["caption"] for pair in pairs] == ["0.png", "1.png", "2.png"]
-    assert np.array(Image.open(pairs[0]["image"])).shape == (28, 72, 3)
+    assert np.array(Image.open(pairs[0]["image"])).shape == (104, 240, 3)
     assert report == "3 of 4 enlarged.\n- other.png: not a picture (PNG, JPEG, WEBP, BMP, TIFF, GIF), or damaged"
     with zipfile.ZipFile(archive) as pack:
         assert pack.namelist() == ["0.png", "1.png", "2.png"]
@@ -275,8 +275,8 @@ def test_a_folder(app, client, tmp_path):
             with pack.open(path.name) as file:
                 expected = command(app, tmp_path / "out", path, "--strength", 0.5)
                 assert np.array_equal(np.array(Image.open(file)), expected)
-    assert client.predict([], 0.5, 4, api_name="/folder")[-1] == "Choose 1 to 200 pictures first."
-    assert client.predict([files[-1]], 0.5, 4, api_name="/folder")[1] is None
+    assert client.predict([], 0.5, api_name="/folder")[-1] == "Choose 1 to 200 pictures first."
+    assert client.predict([files[-1]], 0.5, api_name="/folder")[1] is None
 
 
 def test_a_folder_of_tiny_faces_and_a_photograph(app, client, tmp_path):
@@ -284,7 +284,7 @@ def test_a_folder_of_tiny_faces_and_a_photograph(app, client, tmp_path):
     tiny, photo, face = save(tmp_path / "faces.png"), tmp_path / "astronaut.png", save(tmp_path / "face.png", (32, 32))
     Image.fromarray(skimage.data.astronaut()[:, 60:420]).resize((72, 102), Image.Resampling.LANCZOS).save(photo)
     files = [handle_file(path) for path in (tiny, photo, face)]
-    pairs, archive, report = client.predict(files, 1, 0, api_name="/folder")
+    pairs, archive, report = client.predict(files, 1, api_name="/folder")
     assert "3 of 3 enlarged" in report and "astronaut.png: 1 face" in report
     captions = [pair["caption"] for pair in pairs]
     assert captions[:2] + captions[3:] == ["faces.png", "astronaut.png", "face.png"] and ", 1: " in captions[2]
@@ -538,8 +538,9 @@ def test_nobody_fills_the_queue_and_who_leaves_is_dropped(workshop):
         assert "s …" in await anext(slow) and workshop.cancel("slow")
         assert [text async for text in slow] == [None]  # at once, whatever the thread is at
         released.set()
-        again = workshop.work(visitor("30"), lambda job: "another picture")
+        again = workshop.work(visitor("30"), lambda job: "another picture", when=2)
         assert await last(again) == "another picture"
+        assert [_ async for _ in workshop.work(visitor("30"), lambda job: "overtaken", when=1)] == []
         assert [await last(requests) for requests in first[10:31]] == [None] * 21
         assert (await last(first[31])).shape == (1, 2400, 2800, 3)
 
