@@ -89,7 +89,7 @@ def open_image(path):
     except Image.DecompressionBombError:
         raise DataError(f"{path}: larger than {PIXELS:,} pixels") from None
     except (Image.UnidentifiedImageError, SyntaxError, ValueError):
-        raise DataError(f"{path}: not a picture ({', '.join(FORMATS)}), or damaged") from None
+        raise DataError(f"{path}: not a picture ({', '.join(FORMATS)}; export HEIC as JPEG), or damaged") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 

@@ -287,7 +287,7 @@ def compare(picture, sr, scale, added=None, kernel="bicubic", lpips=None):
         top, left = (int(place) for place in np.unravel_index(detail.argmax(), detail.shape))
         part, shown = part[top:top + side, left:left + side], frame(shown.copy(), top, left, side)
     window = np.s_[top * large:(top + side) * large, left * large:(left + side) * large]
-    row = [("LR", shown, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"),
+    row = [("low resolution", shown, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"),
            ("bicubic", enlarge(part, scale), ""), ("ours" if picture.sr is None else "result", sr[window], "")]
     scores = {}
     if picture.hr is not None:

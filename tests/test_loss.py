@@ -163,7 +163,7 @@ def test_a_large_picture_is_compared_where_it_has_most_detail():
     hr[640:720, 320:400] = rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)
     lr = np.array(Image.fromarray(hr).resize((200, 300), Image.Resampling.BICUBIC))
     row, scores = compare(picture("a", lr, hr), hr, 4, added=255 - hr)
-    assert [title for title, _, _ in row] == ["LR", "bicubic", "ours", "ground truth", "added detail"]
+    assert [title for title, _, _ in row] == ["low resolution", "bicubic", "ours", "ground truth", "added detail"]
     whole, enlarged, ours, truth, added = (part for _, part, _ in row)
     assert whole.shape == lr.shape and not np.array_equal(whole, lr)  # with a frame
     assert enlarged.shape == ours.shape == (256, 256, 3) and np.array_equal(ours, truth)
