@@ -559,7 +559,7 @@ def build_app(workshop, study):
                 with gr.Row():
                     download = gr.DownloadButton("Download the result", first.file, variant="primary")
                     cancel = gr.Button("Cancel", interactive=False)
-                with gr.Accordion("Missed a face, or one too many? Point at it", open=False):
+                with gr.Accordion("Missed a face? Point at it", open=False):
                     gr.Markdown("Click a face, found or not; if need be, set its frame around the whole head.")
                     view = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"],
                                     elem_id="scissors")
@@ -574,8 +574,8 @@ def build_app(workshop, study):
                     truth, invented = small(label="The truth"), small(label="What was invented")
             with gr.Column(elem_id="knobs"):
                 scale = gr.Radio([(f"{scale}x", scale) for scale in sorted(workshop.files)], value=workshop.scale,
-                                 label="Enlargement of one face", visible=len(workshop.files) > 1,
-                                 info="8x is for faces of 12 to 20 pixels: nearly everything is invented.")
+                                 label="Enlargement", visible=len(workshop.files) > 1,
+                                 info="Of one face; in photographs, each has its own. 8x, for 12 to 20 pixels, invents nearly all.")
                 strength = make_knob()
                 with gr.Accordion("More", open=False):
                     shrink = gr.Checkbox(label="This is already sharp: shrink it first",
