@@ -575,7 +575,7 @@ def build_app(workshop, study):
             with gr.Column(elem_id="knobs"):
                 scale = gr.Radio([(f"{scale}x", scale) for scale in sorted(workshop.files)], value=workshop.scale,
                                  label="Enlargement", visible=len(workshop.files) > 1,
-                                 info="Of one face; a photograph chooses itself. 8x, for 12 to 20 pixels, invents nearly all.")
+                                 info="Of one face, not of a photograph. 8x, for 12 to 20 pixels, invents nearly all.")
                 strength = make_knob()
                 with gr.Accordion("More", open=False):
                     shrink = gr.Checkbox(label="This is already sharp: shrink it first",
