@@ -1,5 +1,6 @@
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -544,6 +545,21 @@ def test_a_picture_too_large_does_not_harm_the_others(run, tmp_path, capsys, mon
     assert run(tmp_path / "in", output=tmp_path / "again") == 1
     assert "a.png: not enough memory" in capsys.readouterr().err
     assert results(tmp_path / "again") == {"z.png"}
+
+
+def test_every_link_of_the_documents_leads_somewhere():
+    """To a file of the repository and, where it names one, to a heading."""
+    links = 0
+    for document in (ROOT / "README.md", *sorted((ROOT / "checkpoints").glob("*.md"))):
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", document.read_text()):
+            name, _, anchor = link.partition("#")
+            target = document.parent / name if name else document
+            assert target.is_file(), f"{document}: {link}"
+            headings = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+                        for heading in re.findall(r"^#+ (.+)$", target.read_text(), re.M)] if anchor else [""]
+            assert anchor in headings, f"{document}: {link}"
+            links += 1
+    assert links > 20
 
 
 def test_a_large_picture_is_taken_for_a_photograph_unless_told(run, tmp_path, capsys):
