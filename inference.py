@@ -449,6 +449,7 @@ def build_app(workshop, study):
     import gradio as gr
     # The file as it is: read_image says what is wrong with it. On the class, since Gradio makes the object anew.
     gr.Image.preprocess = lambda self, payload: payload and payload.path
+    gr.Slider.preprocess = lambda self, value: value        # any number may be typed
 
     async def upscale_one(photo, strength, shrink, added, whole, scale, only, marks, found, when, request: gr.Request):
         path, marked = Path(photo or examples.get(scale, "")), [mark for where, *mark in marks if where == photo]
@@ -500,11 +501,12 @@ def build_app(workshop, study):
 
     def set_size(path, face, share):
         known = face and (picture := opened(path)) is not None
-        return replace(face, size=share * min(picture.shape[:2])) if known else face
+        return replace(face, size=float(np.clip(share or 0, 0.01, 1)) * min(picture.shape[:2])) if known else face
 
     def begin(path):
         """The settings for a new picture: those of the one before may not fit it."""
-        return False, False, workshop.scale if (picture := opened(path)) is None else workshop.suited(picture)
+        suited = workshop.scale if (picture := opened(path)) is None else workshop.suited(picture)
+        return False, False, suited, "Working …", gr.DownloadButton(interactive=False)
 
     def look_at(made, event: gr.SelectData):
         face = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
@@ -528,10 +530,8 @@ def build_app(workshop, study):
             yield [], None, f"**{error or 'Not enough memory'}**"
 
     def make_knob():
-        knob = gr.Slider(0, 1, workshop.args.strength, step=0.05, label="Strength", interactive=workshop.has_knob,
+        return gr.Slider(0, 1, workshop.args.strength, step=0.05, label="Strength", interactive=workshop.has_knob,
                          info="0: faithful and soft. 1: vivid and sharp, more of it invented.", buttons=[])
-        knob.preprocess = lambda value: value       # any number may be typed; Workshop.network says what is wrong
-        return knob
 
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
                               visible=False, elem_classes="below")
@@ -559,8 +559,8 @@ def build_app(workshop, study):
                 with gr.Row():
                     download = gr.DownloadButton("Download the result", first.file, variant="primary")
                     cancel = gr.Button("Cancel", interactive=False)
-                with gr.Accordion("Missed a face? Point at it", open=False):
-                    gr.Markdown("Click a face, found or not; if need be, set its frame around the whole head.")
+                with gr.Accordion("Change which faces are restored", open=False):
+                    gr.Markdown("Click a face, found or missed; if need be, set its frame around the whole head.")
                     view = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"],
                                     elem_id="scissors")
                     target, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
@@ -589,17 +589,17 @@ def build_app(workshop, study):
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
-            marks, found, made = gr.State([]), gr.State(first.found), gr.State()
+            marks, found, made, when = gr.State([]), gr.State(first.found), gr.State(), gr.Number(0, visible="hidden")
             clock = gr.Timer(20, active=False)
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             hidden = dict(api_visibility="private", **at_once)
-            when = gr.Number(0, visible="hidden")
             settings = [photo, strength, shrink, added, whole, scale, only, marks, found, when]
             boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, added, status]
             gr.on([strength.change, shrink.input, added.input, whole.input, scale.input, only.input, marks.change],
                   upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, api_name="upscale", **at_once)
-            for given in (photo.input(begin, photo, [shrink, whole, scale], **hidden), pick.load_input_event):
-                given.then(upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, **hidden)
+            given = photo.input(begin, photo, [shrink, whole, scale, status, download], **hidden)
+            for settled in (given, pick.load_input_event):
+                settled.then(upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, **hidden)
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
             photo.change(lambda: None, None, target, **hidden)

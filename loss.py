@@ -344,7 +344,7 @@ def pointed(picture, place, share, found):
     x, y = np.array(place) * max(1, max(picture.shape) / AIMED)
     near = [face for face in found if max(abs(face.x - x), abs(face.y - y)) < face.size / 2]
     return min(near, key=lambda face: np.hypot(face.x - x, face.y - y),
-               default=Face(float(x), float(y), share * min(picture.shape[:2]), 0, 1))
+               default=Face(float(x), float(y), float(np.clip(share or 0, 0.01, 1)) * min(picture.shape[:2]), 0, 1))
 
 
 def face_pairs(picture, sr):

@@ -409,7 +409,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     wall = save(tmp_path / "wall.png", (90, 70))
     page.locator("#photo input[type=file]").set_input_files(wall)
     page.get_by_text("no face found").wait_for()
-    page.get_by_text("Point at it").click()
+    page.get_by_text("Change which faces are restored").click()
     picture = page.locator("#scissors img")
     picture.wait_for()
     first = picture.get_attribute("src")

@@ -285,6 +285,7 @@ def test_a_click_means_the_face_that_was_found_there(portraits):
         assert pointed(photo, (x / 2, (y + 0.6 * side) / 2), 0.25, found) not in found
     own = pointed(photo, (600, 300), 0.25, found)
     assert (own.x, own.y, own.size) == (1200, 600, 200)
+    assert [pointed(photo, (600, 300), share, []).size for share in (None, 0, -1, 7)] == [8, 8, 8, 800]     # typed
     plain, chosen = aimed(photo, None, found), aimed(photo, found[1], found)
     assert plain.shape == chosen.shape == (400, 1024, 3)
     changed = np.argwhere((plain != chosen).any(2))     # the other colour, around the one that is meant
