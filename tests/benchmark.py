@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from data_loader import find_images, resize_square, to_tensor, to_uint8  # noqa: E402
+from data_loader import find_images, resize_square, simulate, to_tensor, to_uint8  # noqa: E402
 from inference import CHECKPOINT, upscale  # noqa: E402
 from loss import VGG_LAYERS, GeneratorLoss, VGGFeatures, discriminator_loss, sample_faces  # noqa: E402
 from model import (  # noqa: E402
@@ -195,8 +195,11 @@ def measure_commands(args, device, folder):
         return path
 
     one = save(folder / "one.png", 32)
-    for i in range(number):
-        save(folder / "many" / f"{i}.png", 32)
+    faces = [*sample_faces().values()]
+    (folder / "many").mkdir()
+    for i in range(number):     # sharp, so that none is reduced first
+        lr = simulate(np.roll(faces[i % 2], i, axis=1), 4)[0]
+        Image.fromarray(lr).save(folder / "many" / f"{i}.png")
     calls = {"bare": ("-c", "import torch"), "start": (ROOT / "inference.py", one, *flags),
              "many": (ROOT / "inference.py", folder / "many", *flags)}
     command(*calls["start"])                    # warms the file cache
