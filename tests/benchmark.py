@@ -339,3 +339,5 @@ def main():
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)         # ONNX Runtime and OpenVINO beside PyTorch crash when Python ends
