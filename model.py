@@ -640,11 +640,13 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
         lr = np.rot90(photo[top:top + side, left:left + side], turn // 90)
         size = working_size(lr)
         given = max(size, smallest) if size < SOFT[factor] * side else side
+        part = 0.85 if size < side / 2 else 1       # of large blurred ones, the last pixels would blacken folds
         action = "small" if side < smallest else wish or (
             "sharp" if size > DETAIL or factor == 1 and given == side else "restored")
         if action == "restored":
             if size > most:
                 size = given = most
+            given = max(min(32, given), round(part * given))
             if given < side and abs(face.angle - turn) > TILT and face.score > SURE:
                 lr, turn = cut_face(photo, replace(face, size=side), given)[0], face.angle
             elif given < side:
@@ -726,12 +728,11 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
 
     group, pixels = [], 0
     for picture in photos:
-        size = picture.lr.shape[0] * picture.lr.shape[1]
         number = enlargement(picture.lr, factor)
         picture.found[:] = picture.found or find_faces(picture.lr)
         smallest = SMALLEST[8 if tiny else 4]
         group.append((picture, number, make_patches(picture.lr, picture.found, number, smallest, picture.marked)))
-        pixels += size
+        pixels += picture.lr.shape[0] * picture.lr.shape[1]
         if pixels > 4e6 or sum(len(patches) for _, _, patches in group) >= batch_size:
             yield from restore(group)
             group, pixels = [], 0

@@ -225,6 +225,18 @@ def test_no_seam_and_no_colour_shift(portraits, generator):
         assert np.abs(mean).max() < 4
 
 
+def test_a_large_blurred_face_is_given_in_a_little_less_than_it_shows(portraits):
+    """But in 32 pixels at least; of a sharp one nothing is taken away."""
+    for blur in (2, 4):
+        photo, [(x, y, side, _)] = compose(portraits, [("hopper", 240, 0, 30, 30)], 400, 340)
+        face = data_loader.Face(x, y, side, 0, 1)
+        [sharp] = model.make_patches(photo, [face], 4, marked=[(face, "restored")])
+        [patch] = model.make_patches(cv2.GaussianBlur(photo, (0, 0), blur), [face], 4)
+        assert len(sharp.lr) == model.DETAIL and 32 <= patch.working_size < side / 2
+        assert len(patch.lr) == max(32, round(0.85 * patch.working_size)) and patch.action == "restored"
+    assert len(patch.lr) == 32
+
+
 def test_a_face_that_a_jpeg_has_coarsened_is_reduced_to_what_it_shows(portraits, generator):
     """Only by a poor JPEG, only a face of more pixels than are left of it, whichever way the blocks lie."""
     photo, _ = compose(portraits, [("hopper", 40, 0, 10, 10), ("hopper", 80, 0, 100, 10), ("hopper", 130, 0, 200, 60)],
