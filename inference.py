@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from data_loader import (DAMAGES, FACE_SIZE, KERNELS, DataError, choose_output, enlarge, find_images,
                          find_inputs, is_result, open_image, printable, read_image, simulate, write_picture)
-from loss import (FACES, STUDY_KEYS, STUDY_STYLE, LossError, Study, aimed, build_study, captioned_pairs, compare, fit,
-                  load_lpips, photo_rows, photo_table, plot_comparison, pointed, report, report_study, sample_faces,
-                  write_csv)
+from loss import (FACES, STUDY_KEYS, STUDY_STYLE, LossError, Study, added_detail, aimed, build_study, captioned_pairs,
+                  compare, fit, load_lpips, photo_rows, photo_sentence, photo_table, plot_comparison, pointed, report,
+                  report_study, sample_faces, write_csv)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Networks, Picture,
-                   added_detail, enlargement, locked, photo_sentence, photo_suffix, read_extras, restore_photos,
-                   select_device, shown_share, upscale, upscale_pictures, upscale_reduced, write_result, write_results)
+                   enlargement, locked, photo_suffix, read_extras, restore_photos, select_device, shown_share, upscale,
+                   upscale_pictures, upscale_reduced, write_result, write_results)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 SHOWN = 12                  # pictures in the comparison figure

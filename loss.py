@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from data_loader import (MARK, DataError, Face, choose_output, cut_face, enlarge, find_images,
                          is_result, printable, read_image, resize_square, simulate, square_face, to_tensor,
                          write_atomically)
-from model import CheckpointError, load_plain
+from model import TINY, CheckpointError, load_plain
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
 # how many layers of torchvision's vgg19().features lead there.
@@ -304,6 +304,11 @@ def compare(picture, sr, scale, added=None, kernel="bicubic", lpips=None):
     return row, scores
 
 
+def added_detail(faithful, sr):
+    """Show what was invented: three times the difference of a result to the faithful one, around gray, uint8."""
+    return ((sr.astype(np.int16) - faithful) * 3 + 128).clip(0, 255).astype(np.uint8)
+
+
 AIMED = 1024                # pixels a side of a photograph in which faces are numbered or pointed at
 
 
@@ -381,6 +386,17 @@ def photo_rows(picture, sr):
     first = ("photograph", overview, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"
              + f", {len(faces)} of {len(picture.patches)} faces" * (len(faces) < len(picture.patches)))
     return [[None if i else first, None, *row] for i, row in enumerate(rows)]      # over two columns
+
+
+def photo_sentence(patches):
+    """Say what was done with the faces of a photograph."""
+    numbers = Counter(patch.action for patch in patches)
+    tiny = sum(patch.action == "restored" and len(patch.lr) < TINY for patch in patches)
+    parts = [f"{numbers['restored']} restored" + f" ({tiny} of them nearly all invented)" * bool(tiny)]
+    parts += [f"{numbers['sharp']} left as is (sharp already)"] * bool(numbers["sharp"])
+    parts += [f"{numbers['kept']} left as is (as asked)"] * bool(numbers["kept"])
+    parts += [f"{numbers['small']} too small"] * bool(numbers["small"])
+    return f"{len(patches)} face{'s' * (len(patches) != 1)}, {', '.join(parts)}" if patches else "no face found"
 
 
 def photo_table(picture):

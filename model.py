@@ -16,7 +16,7 @@ import io
 import os
 import re
 import zipfile
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
@@ -493,7 +493,8 @@ def read_extras(path):
             extras["icc_profile"] = profile
         if exif := image.getexif():
             exif.pop(ExifTags.Base.Orientation, None)       # `read_image` has applied it
-            extras |= {"exif": data} if len(data := exif.tobytes()) < 65000 else {}     # no more fits into a JPEG
+            if len(data := exif.tobytes()) < 65000:             # no more fits into a JPEG
+                extras["exif"] = data
     return extras
 
 
@@ -571,11 +572,6 @@ def write_results(results):
             while len(writing) > WRITERS or writing and sum(sr.size for _, sr, _ in writing) > 2**27:
                 yield writing.popleft()
         yield from writing
-
-
-def added_detail(faithful, sr):
-    """Show what was invented: three times the difference of a result to the faithful one, around gray, uint8."""
-    return ((sr.astype(np.int16) - faithful) * 3 + 128).clip(0, 255).astype(np.uint8)
 
 
 # Faces in photographs -----------------------------------------------------------------------------
@@ -737,14 +733,3 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
             yield from restore(group)
             group, pixels = [], 0
     yield from restore(group)
-
-
-def photo_sentence(patches):
-    """Say what was done with the faces of a photograph."""
-    numbers = Counter(patch.action for patch in patches)
-    tiny = sum(patch.action == "restored" and len(patch.lr) < TINY for patch in patches)
-    parts = [f"{numbers['restored']} restored" + f" ({tiny} of them nearly all invented)" * bool(tiny)]
-    parts += [f"{numbers['sharp']} left as is (sharp already)"] * bool(numbers["sharp"])
-    parts += [f"{numbers['kept']} left as is (as asked)"] * bool(numbers["kept"])
-    parts += [f"{numbers['small']} too small"] * bool(numbers["small"])
-    return f"{len(patches)} face{'s' * (len(patches) != 1)}, {', '.join(parts)}" if patches else "no face found"
