@@ -47,8 +47,8 @@ UNFIT = "{}: not the state of a training of this project, or damaged; without --
 # Flags that a checkpoint does not tell: where somebody's files lie, and how the script was called.
 PRIVATE = ("train_dir", "gan_train_dir", "val_dir", "init", "output", "vgg_weights", "resume", "dry_run")
 # Defaults by device: a GPU is kept busy by 64 patches and more only, and must not wait for validations.
-DEFAULTS = {"cpu": dict(pretrain_steps=6000, batch_size=16, lr=4e-4, gan_lr=1e-4, val_every=500, save_every=200),
-            "cuda": dict(pretrain_steps=15000, batch_size=128, lr=8e-4, gan_lr=2e-4, val_every=950, save_every=1000)}
+DEFAULTS = {"cpu": dict(pretrain_steps=6000, batch_size=16, lr=4e-4, val_every=500, save_every=200),
+            "cuda": dict(pretrain_steps=15000, batch_size=128, lr=6e-4, val_every=950, save_every=1000)}
 VAL_FACES = 100     # validated on, spread over the validation set
 LOG_EVERY = 10      # steps between looks at the losses; each look waits for the GPU
 # Of the flags that are numbers: the least and the most that makes sense.
@@ -664,8 +664,8 @@ def parse_arguments(argv=None):
         "Pillow; mixed: in many ways, also zoomed, turned, damaged [%(default)s]")
     add("--fixed-batch-norm", action="store_true", help="batch norm of the generator keeps the statistics it starts "
         "with: to go on training good weights, faster, with small batches or on many GPUs")
-    add("--lr", type=float, help="learning rate of SRResNet (Adam, constant, then a cosine) [4e-4; on CUDA 8e-4]")
-    add("--gan-lr", type=float, help="learning rate of SRGAN [1e-4; on CUDA 2e-4]")
+    add("--lr", type=float, help="learning rate of SRResNet (Adam, constant, then a cosine) [4e-4; on CUDA 6e-4]")
+    add("--gan-lr", type=float, default=1e-4, help="learning rate of SRGAN [%(default)s]")
     add("--discriminator-lr", type=float, metavar="LR", help="learning rate of the discriminator [that of --gan-lr]")
     for name, (text, weight, both, _) in GeneratorLoss.TERMS.items():
         add(f"--{name}-weight", type=float, default=weight, help=f"of the {text}, in the loss of "

@@ -680,8 +680,8 @@ def test_the_defaults_suit_the_device(monkeypatch, tmp_path):
         return args.batch_size, args.lr, args.gan_lr
 
     assert defaults("cpu") == (16, 4e-4, 1e-4)
-    assert defaults("cuda") == (128, 8e-4, 2e-4)
-    assert defaults("cuda", "--batch-size", "32") == (32, 8e-4, 2e-4)
+    assert defaults("cuda") == (128, 6e-4, 1e-4)
+    assert defaults("cuda", "--batch-size", "32") == (32, 6e-4, 1e-4)
 
 
 def test_a_new_training_keeps_what_an_earlier_one_wrote(flags, tmp_path):
