@@ -4,7 +4,7 @@ PSNR, SSIM and figures for people, and the blind study: opinion scores by people
 Pictures are RGB in [0, 1], (N, 3, H, W); SR may leave the range. Every term is a mean over
 everything, so its size does not depend on the batch or the patch size.
 
-    criterion = GeneratorLoss(pixel=1, vgg=0.02, adversarial=1e-3, features=VGGFeatures("conv3_4"))
+    criterion = GeneratorLoss(pixel=1, vgg=0.02, adversarial=3e-3, features=VGGFeatures("conv3_4"))
     total, terms = criterion(sr, hr, discriminator(sr))     # terms: {"pixel": ..., "vgg": ..., ...}
 """
 import csv

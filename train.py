@@ -7,7 +7,7 @@
 
 --output receives srresnet_x4.pth and srgan_x4.pth (the best of each stage), training_state.pth
 (all that --resume needs), log.jsonl (a line per validation), curves.png and samples/. The recipe
-is that of Ledig et al. 2017 (arXiv:1609.04802, section 3.2), shortened; checkpoints/training.md has its scores.
+follows Ledig et al. 2017 (arXiv:1609.04802, section 3.2); checkpoints/training.md has what differs, and scores.
 """
 import argparse
 import copy
