@@ -436,11 +436,11 @@ def working_size(square):
     checkpoints/photographs.md. Grain does not count, where there is some.
     """
     if len(square) > 256:       # far above any limit
-        square = resize_square(square, 256)
+        square = resize(square, 256)
     middle = slice(len(square) // 4, -(len(square) // 4))
 
     def error(side, even=0.9):
-        again = resize_square(resize_square(square, side), len(square))
+        again = resize(resize(square, side), len(square))
         return reduction_error(square[middle, middle], again[middle, middle], even)
 
     finest = round(0.8 * len(square))       # above it, a blurred face has nothing but grain
@@ -503,9 +503,14 @@ def cut_faces(photos, output):
     return 2 if not files else 1 if problems else 0
 
 
-def resize_square(square, side):
-    """Resize an (S, S, 3) uint8 picture to `side`, antialiased, with Pillow's bicubic kernel."""
-    return np.array(Image.fromarray(square).resize((side, side), Image.Resampling.BICUBIC))
+def resize(picture, width, height=None):
+    """Resize (H, W) or (H, W, 3) uint8, antialiased, with Pillow's bicubic kernel; by default to a square."""
+    return np.array(Image.fromarray(picture).resize((width, height or width), Image.Resampling.BICUBIC))
+
+
+def rescale(picture, factor):
+    """Resize (H, W) or (H, W, 3) uint8 by a factor; to 4 or 8 times, this is the baseline of all scores."""
+    return resize(picture, *(max(1, round(side * factor)) for side in picture.shape[1::-1]))
 
 
 # Tensors ----------------------------------------------------------------------------------------
@@ -595,12 +600,6 @@ def downscale(hr, scale, kernel="bicubic"):
     level of the library's own result. The default is the protocol of all scores: Pillow's antialiased bicubic."""
     rows, columns = (_resize_matrix(side, side // scale, kernel, hr.device) for side in hr.shape[-2:])
     return _resample(hr * 255, columns, rows, not kernel.startswith("cv2-")) / 255
-
-
-def enlarge(picture, scale):
-    """Enlarge (H, W) or (H, W, 3) uint8 with Pillow's bicubic kernel: the baseline of all scores."""
-    height, width = picture.shape[:2]
-    return np.array(Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.BICUBIC))
 
 
 def _blur(levels, scale, which, sigmas):

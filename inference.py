@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_loader import (DAMAGES, FACE_SIZE, KERNELS, DataError, choose_output, enlarge, find_images,
-                         find_inputs, is_result, open_image, printable, read_image, simulate, write_picture)
+from data_loader import (DAMAGES, FACE_SIZE, KERNELS, DataError, choose_output, find_images, find_inputs, is_result,
+                         open_image, printable, read_image, rescale, simulate, write_picture)
 from loss import (FACES, STUDY_KEYS, STUDY_STYLE, LossError, Study, added_detail, aimed, build_study, captioned_pairs,
                   compare, fit, load_lpips, photo_rows, photo_sentence, photo_table, plot_comparison, pointed, report,
                   report_study, sample_faces, write_csv)
@@ -390,7 +390,7 @@ class Workshop:
             what, suffix = "restored" if restored else f"x{factor}", photo_suffix(path, picture.alpha)
             picture.output = folder / f"{path.stem}_{what}{suffix}"
         write_result(picture, sr)
-        bicubic, scores = enlarge(picture.lr, factor), {} if picture.hr is None else compare(picture, sr, scale)[1]
+        bicubic, scores = rescale(picture.lr, factor), {} if picture.hr is None else compare(picture, sr, scale)[1]
         invented = added_detail(self.restore(job, picture, 0, False, scale), sr) if added and not photo else None
         pair = [picture.output, folder / "bicubic.png"]
         if max(sr.shape) <= SCREEN:
@@ -430,7 +430,7 @@ class Workshop:
                     sr = self.restore(job, picture, strength, photo, self.suited(picture.lr))
                     write_result(picture, sr)
                     pack.write(picture.output, picture.output.name)
-                    pair = np.hstack([enlarge(picture.lr, len(sr) // len(picture.lr)), sr])
+                    pair = np.hstack([rescale(picture.lr, len(sr) // len(picture.lr)), sr])
                     write_picture(picture.output, fit(pair, 1024))      # the gallery shows no more
                     pairs += [(str(picture.output), path.name), *captioned_pairs(picture, sr, path.name)]
                     faces += photo_table(picture)

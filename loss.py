@@ -25,9 +25,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data_loader import (MARK, DataError, Face, choose_output, cut_face, enlarge, find_images,
-                         is_result, printable, read_image, resize_square, simulate, square_face, to_tensor,
-                         write_atomically)
+from data_loader import (MARK, DataError, Face, choose_output, cut_face, find_images, is_result, printable, read_image,
+                         rescale, resize, simulate, square_face, to_tensor, write_atomically)
 from model import TINY, CheckpointError, load_plain
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
@@ -288,14 +287,14 @@ def compare(picture, sr, scale, added=None, kernel="bicubic", lpips=None):
         part, shown = part[top:top + side, left:left + side], frame(shown.copy(), top, left, side)
     window = np.s_[top * large:(top + side) * large, left * large:(left + side) * large]
     row = [("low resolution", shown, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"),
-           ("bicubic", enlarge(part, scale), ""), ("ours" if picture.sr is None else "result", sr[window], "")]
+           ("bicubic", rescale(part, scale), ""), ("ours" if picture.sr is None else "result", sr[window], "")]
     scores = {}
     if picture.hr is not None:
-        baseline, ours = score(enlarge(picture.lr, scale), picture.hr), score(sr, picture.hr)
+        baseline, ours = score(rescale(picture.lr, scale), picture.hr), score(sr, picture.hr)
         scores = {**ours, **{f"{name}_bicubic": value for name, value in baseline.items()},
                   "lr_psnr": psnr(simulate(sr, scale, kernel)[0], picture.lr)}
         if lpips:
-            scores |= zip(LPIPS, (lpips(sr, picture.hr), lpips(enlarge(picture.lr, scale), picture.hr)))
+            scores |= zip(LPIPS, (lpips(sr, picture.hr), lpips(rescale(picture.lr, scale), picture.hr)))
         row[1:] = [(*cell[:2], f"{values['psnr']:.2f} dB / {values['ssim']:.3f}")
                    for cell, values in zip(row[1:], (baseline, ours))]
         row.append(("ground truth", picture.hr[window], "PSNR / SSIM"))
@@ -360,7 +359,7 @@ def face_pairs(picture, sr):
             face = replace(patch.face, x=patch.face.x * n, y=patch.face.y * n, size=patch.side * n)
             return cut_face(image, face, 256)[0]
         square = image[patch.top * n:, patch.left * n:][:patch.side * n, :patch.side * n]
-        return resize_square(np.rot90(square, patch.turn // 90), 256)
+        return resize(np.rot90(square, patch.turn // 90), 256)
 
     factor = len(sr) // len(picture.lr)
     return [(cut(patch, picture.lr, 1), cut(patch, sr, factor)) for patch in picture.patches]
@@ -528,7 +527,7 @@ class Study:
             lr, _ = simulate(face, workshop.scale)
             ours = (workshop.upscale(lr, strength) for strength in (0, 1))
             nearest = lr.repeat(workshop.scale, axis=0).repeat(workshop.scale, axis=1)
-            blurred = enlarge(lr, workshop.scale)
+            blurred = rescale(lr, workshop.scale)
             self.faces.append(name)
             self.pictures |= zip(((name, method) for method in METHODS), (face, nearest, blurred, *ours))
         if not self.faces:

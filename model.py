@@ -25,14 +25,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data_loader import (SAME, Face, cut_face, enlarge, find_faces, open_image, reduction_error, resize_square,
-                         to_tensor, to_uint8, turning, working_size, write_atomically, write_picture)
+from data_loader import (SAME, Face, cut_face, find_faces, open_image, reduction_error, rescale, resize, to_tensor,
+                         to_uint8, turning, working_size, write_atomically, write_picture)
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -260,10 +260,9 @@ def save_checkpoint(path, generator, training):
 
 
 def load_checkpoint(path):
-    """Read a checkpoint: (generator in eval mode on the CPU, facts of its training).
-
-    Raises CheckpointError with one sentence for a missing, damaged or foreign file, and for weights that are not
-    finite or, where the file has a checksum, have changed since they were written."""
+    """Read a checkpoint: (generator in eval mode on the CPU, facts of its training). Raises CheckpointError with one
+    sentence for a missing, damaged or foreign file, and for weights that are not finite or, where the file has a
+    checksum, have changed since they were written."""
     content = load_plain(path)
     try:
         if content["format"] != FORMAT:
@@ -364,38 +363,29 @@ class AtWork(nn.Module):
 def locked(folder):
     """Reserve a folder for this process, as long as it lives: yields False where another one has it. Where the system
     or the file system knows no such locks, everybody gets it."""
-    descriptor, mine = None, True
-    with contextlib.suppress(ImportError):
-        import fcntl
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            mine = False
-        except OSError:
-            pass
-    try:
+    with contextlib.ExitStack() as stack:
+        mine = True
+        with contextlib.suppress(ImportError):
+            import fcntl
+            stack.callback(os.close, descriptor := os.open(folder, os.O_RDONLY))
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                mine = not isinstance(error, BlockingIOError)
         yield mine
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 # Devices ------------------------------------------------------------------------------------------
 
 def select_device(name):
     """Turn "auto", "cpu", "cuda" or "cuda:1" into a device, with its index on CUDA as tensors report it; auto
-    is CUDA where there is one. With several processes a machine, "cuda" is the GPU of this one.
-
-    From then on float32 is float32: TF32, with its 10 bits of mantissa, is off for convolutions and products."""
+    is CUDA where there is one. With several processes a machine, "cuda" is the GPU of this one. From
+    then on float32 is float32: TF32, with its 10 bits of mantissa, is off for convolutions and products."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d\d?)?", name):
         raise DeviceError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= torch.cuda.device_count():
@@ -478,7 +468,7 @@ def keep_tone(lr, sr):
     curves, tints = np.vander(gray, 3), sample[:, ::2] - gray[:, None]
     if np.square(tints - curves @ np.linalg.lstsq(curves, tints)[0]).sum(1).mean() > TONED ** 2:
         return
-    enlarged = enlarge(lr, len(sr) // len(lr))
+    enlarged = rescale(lr, len(sr) // len(lr))
     for top in range(0, len(sr), 512):      # large ones need not lie in memory in 16 bits
         band, own = sr[top:top + 512], enlarged[top:top + 512]
         levels = [cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None].astype(np.int16) for picture in (band, own)]
@@ -515,15 +505,14 @@ def shown_share(lr):
     return size / side if size < SOFT[4] * side else 1
 
 
-def upscale_reduced(generator, lr, share=1, tiny=None):
-    """Enlarge one picture, reduced to a share of its pixels a side first, and by bicubic for the rest. `tiny`, a
-    function that gives a generator of scale 8, or None, is asked where fewer than TINY pixels remain."""
-    if share == 1:
+def upscale_reduced(generator, lr, share=1, tiny=None, scale=None):
+    """Enlarge one picture `scale` times, by default the generator's, reduced to a share of its pixels a side first, by
+    bicubic for the rest. Where fewer than TINY pixels remain, the generator of `tiny()`, if given, is taken."""
+    if share == 1 and not scale:
         return upscale(generator, [lr])[0]
-    sizes = [[max(1, round(side * factor)) for side in lr.shape[1::-1]] for factor in (share, generator.scale)]
-    network = tiny() if tiny and max(sizes[0]) < TINY else generator
-    small = np.asarray(Image.fromarray(lr).resize(sizes[0], Image.Resampling.BICUBIC))
-    return np.array(Image.fromarray(upscale(network, [small])[0]).resize(sizes[1], Image.Resampling.BICUBIC))
+    small, (height, width) = rescale(lr, share), lr.shape[:2]
+    network = tiny() if tiny and max(small.shape) < TINY else generator
+    return resize(upscale(network, [small])[0], width * (scale or generator.scale), height * (scale or generator.scale))
 
 
 def upscale_pictures(generator, pictures, batch_size, tiny=None):
@@ -557,7 +546,7 @@ def write_result(picture, sr):
     if picture.sr is not None:
         return
     if picture.alpha is not None:
-        sr = np.dstack([sr, enlarge(picture.alpha, len(sr) // len(picture.lr))])
+        sr = np.dstack([sr, rescale(picture.alpha, len(sr) // len(picture.lr))])
     write_picture(picture.output, sr, picture.extras)
 
 
@@ -582,6 +571,7 @@ CLEAR = 76                  # pixels: from here on, half the strength is as good
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
 TILT, SURE = 10, 0.85       # degrees and score, from which on blurred faces are turned upright (LPIPS 0.051 for 0.068)
+AROUND = 384                # pixels a side, reduced as blurred faces are: what is restored around them, for speed
 LEFT = ("sharp", "kept")    # what is done with faces that the network must not touch
 BLOCKS, CODED = 1.12, 48    # from a JPEG of a quality of some 80 or less, that many pixels: what is more is its pattern
 
@@ -597,6 +587,7 @@ class Patch:
     action: str                         # "restored"; left alone: "sharp", "small" (too small), "kept" (as asked)
     lr: np.ndarray                      # upright, of the size that the network is given
     turn: float                         # degrees by which that took to turn it counterclockwise
+    blurred: bool                       # and so restored
     sr: np.ndarray | None = None
     share = 1                           # as of a Picture: lr is reduced already
 
@@ -635,7 +626,8 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
         turn = 90 * round(face.angle / 90)
         lr = np.rot90(photo[top:top + side, left:left + side], turn // 90)
         size = working_size(lr)
-        given = max(size, smallest) if size < SOFT[factor] * side else side
+        blurred = size < SOFT[factor] * side
+        given = max(size, smallest) if blurred else side
         part = 0.85 if size < side / 2 else 1       # of large blurred ones, the last pixels would blacken folds
         action = "small" if side < smallest else wish or (
             "sharp" if size > DETAIL or factor == 1 and given == side else "restored")
@@ -646,15 +638,15 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
             if given < side and abs(face.angle - turn) > TILT and face.score > SURE:
                 lr, turn = cut_face(photo, replace(face, size=side), given)[0], face.angle
             elif given < side:
-                lr = resize_square(lr, given)
-        patches.append(Patch(face, top, left, side, size, action, lr, turn))
+                lr = resize(lr, given)
+        patches.append(Patch(face, top, left, side, size, action, lr, turn, blurred and action == "restored"))
     return patches
 
 
 def paste_face(patch, canvas, factor):
     """Lay a restored face over its place in the enlarged photograph, fading into it at the edge of its square."""
     side = patch.side * factor
-    sr = resize_square(patch.sr, side)
+    sr = resize(patch.sr, side)
     ramp = np.clip((np.arange(side) + 0.5) / side * 6, 0, 1)
     ramp = np.square(np.sin(np.minimum(ramp, ramp[::-1]) * np.pi / 2))      # over a sixth of the side
     mask = np.minimum.outer(ramp, ramp).astype(np.float32)
@@ -668,27 +660,46 @@ def paste_face(patch, canvas, factor):
     else:
         sr = np.rot90(sr, -patch.turn // 90)
         place = canvas[patch.top * factor:, patch.left * factor:][:side, :side]
-    place[:] = np.rint(place + mask[..., None] * (sr - place.astype(np.float32)))
+    place[:] = cv2.blendLinear(place, sr, 1 - mask, mask)
+
+
+def restore_surroundings(generator, photo, patch, canvas, factor, most):
+    """Restore what lies around a blurred face, as far as `most` pixels, reduced like it, reach, or it is wide. First
+    what is up to half as blurred, then what is as blurred: where as many pixels do, and half as many would lose several
+    times as much, not twice as at an edge; grain does not count."""
+    given = len(patch.lr) / patch.side
+    for share in [share for share in (2 * given, given) if share < SOFT[4]]:
+        reach = max(patch.side, round((most / share - patch.side) / 2))
+        top, left = max(0, patch.top - reach), max(0, patch.left - reach)
+        around = photo[top:patch.top + patch.side + reach, left:patch.left + patch.side + reach]
+        again = [resize(rescale(around, part), *around.shape[1::-1]) for part in (share, share / 2)]
+        losses = [rescale(np.square(cv2.absdiff(around, other).max(2), dtype=np.float32), share) for other in again]
+        losses = [cv2.GaussianBlur(loss, (0, 0), 1.5) for loss in losses]
+        y, x, side, fade = (round(pixels * share) for pixels in (patch.top - top, patch.left - left, patch.side, reach))
+        grain = np.percentile(losses[0][y:y + side, x:x + side], 10)
+        alike = (losses[0] - grain).clip(0) / ((losses[1] - grain).clip(0) + grain + SAME / 2)
+        near = [np.interp(np.arange(size) - start, (-fade, -fade / 2, side + fade / 2, side + fade), (0, 1, 1, 0))
+                for size, start in zip(alike.shape, (y, x))]
+        mask = np.minimum(np.clip(2 - alike / 0.15, 0, 1), np.minimum.outer(*near)).astype(np.float32)
+        place = canvas[top * factor:, left * factor:][:len(around) * factor, :len(around[0]) * factor]
+        mask = cv2.resize(mask, place.shape[1::-1])
+        place[:] = cv2.blendLinear(place, upscale_reduced(generator, around, share, scale=factor), 1 - mask, mask)
 
 
 def enlarge_background(generator, picture):
-    """Enlarge a photograph with the network; where its faces are blurred, reduced first as they are, or as much less as
-    it takes to lose nothing else. Where nothing fits, as it is, or by bicubic if the network makes worms of grain."""
-    share = max((len(patch.lr) / patch.side for patch in picture.patches if patch.action == "restored"), default=1)
-    photo, grain = Image.fromarray(picture.lr), False
-    while share < SOFT[4]:
-        small = photo.resize([max(1, round(side * share)) for side in photo.size], Image.Resampling.BICUBIC)
-        again = np.asarray(small.resize(photo.size, Image.Resampling.BICUBIC))
-        if reduction_error(picture.lr, again) < SAME:
-            return upscale_reduced(generator, picture.lr, share)
-        grain, share = reduction_error(picture.lr, again) < reduction_error(picture.lr, again, 1), 1.4 * share
-    return enlarge(picture.lr, generator.scale) if grain else upscale(generator, [picture.lr])[0]
+    """Enlarge a photograph with the network, but by bicubic where all of it is as blurred as a face, and will be
+    restored around it, or if the network makes worms of its grain."""
+    share = max((len(patch.lr) / patch.side if patch.blurred else 1 for patch in picture.patches), default=1)
+    if share < 1:
+        again = resize(rescale(picture.lr, share), *picture.lr.shape[1::-1])
+        if reduction_error(picture.lr, again) < max(SAME, reduction_error(picture.lr, again, 1)):
+            return rescale(picture.lr, generator.scale)
+    return upscale(generator, [picture.lr])[0]
 
 
 def enlargement(photo, factor=None):
     """How many times a photograph is enlarged: by default what gives a handy size."""
-    size = photo.shape[0] * photo.shape[1]
-    return factor or (4 if size <= 1e6 else 2 if size <= 4e6 else 1)
+    return factor or (4 if photo[..., 0].size <= 1e6 else 2 if photo[..., 0].size <= 4e6 else 1)
 
 
 def restore_photos(generator, photos, batch_size, factor=None, background=None, tiny=None, gentle=None):
@@ -708,16 +719,19 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
             for patch, patch.sr in upscale_pictures(special() if special else generator, alike, batch_size):
                 pass
         for picture, number, picture.patches in group:
-            megapixels = picture.lr.shape[0] * picture.lr.shape[1] / 1e6
             sharp = any(patch.action in LEFT for patch in picture.patches)
-            way = background or ("network" if megapixels <= 0.5 and not sharp else "bicubic")
+            way = background or ("network" if picture.lr[..., 0].size <= 5e5 and not sharp else "bicubic")
             painted = way == "network" and number == generator.scale
-            # Around faces milder, since of edges it makes scribbles; where none was found, one may have been missed.
-            milder = gentle() if painted and gentle and picture.patches else generator
-            canvas = enlarge_background(milder, picture) if painted else enlarge(picture.lr, number)
+            # Around faces, since of edges it makes scribbles; where none was found, one may have been missed.
+            mild = gentle if gentle and picture.patches else lambda: generator
+            canvas = enlarge_background(mild(), picture) if painted else rescale(picture.lr, number)
+            blurred = [patch for patch in picture.patches if patch.blurred and background != "bicubic"]
+            for patch in blurred:       # beside sharp faces, blur may be meant
+                most = 0 if sharp else AROUND / len(blurred) ** 0.5
+                restore_surroundings(mild(), picture.lr, patch, canvas, number, most)
             for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
-                if painted and patch.action in LEFT:
-                    patch.sr = enlarge(patch.lr, number)
+                if (painted or blurred) and patch.action in LEFT:
+                    patch.sr = rescale(patch.lr, number)
                 if patch.sr is not None:
                     paste_face(patch, canvas, number)
             yield picture, canvas

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from data_loader import find_images, resize_square, simulate, to_tensor, to_uint8  # noqa: E402
+from data_loader import find_images, resize, simulate, to_tensor, to_uint8  # noqa: E402
 from inference import CHECKPOINT, upscale  # noqa: E402
 from loss import VGG_LAYERS, GeneratorLoss, VGGFeatures, discriminator_loss, sample_faces  # noqa: E402
 from model import (  # noqa: E402
@@ -189,7 +189,7 @@ def measure_commands(args, device, folder):
                              interpolation=cv2.INTER_CUBIC)
         for i, face in enumerate([*sample_faces().values()] * 5):
             size = 200 + 20 * i
-            soft = resize_square(resize_square(face, 32), size)
+            soft = resize(resize(face, 32), size)
             picture[300 + i % 2 * 1400:, 100 + i // 2 * 780:][:size, :size] = soft
         Image.fromarray(picture).save(path, quality=92)
         return path

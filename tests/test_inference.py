@@ -16,7 +16,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import inference
 import model
-from data_loader import enlarge, find_images, is_result, read_image, simulate
+from data_loader import find_images, is_result, read_image, rescale, simulate
 from inference import CHECKPOINT, upscale
 from loss import psnr, sample_faces
 from model import Generator, load_checkpoint, save_checkpoint
@@ -79,7 +79,7 @@ def test_shipped_weights_show_what_the_project_does(tmp_path, capsys, scale):
     for name, face in sample_faces().items():
         sr = read_image(tmp_path / f"{name}.png")[0]
         lr, hr = simulate(face, scale, "bicubic")
-        blurred = enlarge(lr, scale)
+        blurred = rescale(lr, scale)
         detail = [np.abs(np.diff(picture.astype(float), axis=1)).mean() for picture in (blurred, sr, hr)]
         assert detail[1] > detail[0] + 0.4 * (detail[2] - detail[0])
         assert np.abs(sr.mean((0, 1)) - hr.mean((0, 1))).max() < 3  # no colour shift
@@ -93,7 +93,7 @@ def test_shipped_srresnet_beats_bicubic(scale):
         gains = []
         for face in sample_faces().values():
             lr, hr = simulate(face, scale, kernel)
-            gains.append(psnr(upscale(generator, [lr])[0], hr) - psnr(enlarge(lr, scale), hr))
+            gains.append(psnr(upscale(generator, [lr])[0], hr) - psnr(rescale(lr, scale), hr))
         assert np.mean(gains) > least, kernel
 
 
@@ -201,7 +201,7 @@ def test_lpips_where_its_package_is_installed(run, tmp_path, faces, monkeypatch,
     face = read_image(find_images(faces)[0])[0]
     lr, hr = simulate(face, 4)
     sr = read_image(tmp_path / "out" / f"{rows[0]['image']}.png")[0]
-    for column, picture in (("lpips", sr), ("lpips_bicubic", enlarge(lr, 4))):
+    for column, picture in (("lpips", sr), ("lpips_bicubic", rescale(lr, 4))):
         assert float(rows[0][column]) == pytest.approx(np.abs(picture.astype(float) - hr).mean() / 127.5, abs=1e-5)
     monkeypatch.setitem(sys.modules, "lpips", None)
     assert run(faces, "--simulate", "--lpips") == 2
@@ -363,7 +363,7 @@ def test_gray_and_sepia_pictures_stay_so_and_coloured_ones_coloured(shipped):
     sr = {name: upscale(shipped, [picture])[0].astype(int)
           for name, picture in (("colour", lr), ("gray", gray), ("sepia", sepia))}
     assert np.ptp(sr["gray"], axis=2).max() == 0
-    tints = [picture[..., 0].astype(int) - picture[..., 2] for picture in (sr["sepia"], enlarge(sepia, 4))]
+    tints = [picture[..., 0].astype(int) - picture[..., 2] for picture in (sr["sepia"], rescale(sepia, 4))]
     assert np.mean(tints[0] != tints[1]) < 0.02  # where black or white cuts it off
     for picture in sr.values():  # the brightness is the network's
         assert cv2.Laplacian(picture[..., 1].astype(float), -1).std() > 20
