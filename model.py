@@ -202,8 +202,7 @@ def interpolate(faithful, vivid, strength):
     (1 - strength) * faithful + strength * vivid. Network interpolation, Wang et al. 2018, "ESRGAN"
     (arXiv:1809.00219), section 3.4. Raises CheckpointError where the architectures differ."""
     if faithful.architecture != vivid.architecture:
-        raise CheckpointError(f"generators of different architectures cannot be interpolated: "
-                              f"{faithful.architecture} and {vivid.architecture}")
+        raise CheckpointError(f"cannot be interpolated: {faithful.architecture} and {vivid.architecture}")
     between, ends = copy.deepcopy(vivid), (faithful.state_dict(), vivid.state_dict())
     between.load_state_dict({name: a.lerp(b, strength) if a.is_floating_point() else b
                              for (name, a), b in zip(ends[0].items(), ends[1].values())})
@@ -304,8 +303,7 @@ def load_generator(checkpoint, strength=1, device=torch.device("cpu"), precision
     if strength != 1:
         path = checkpoint.with_name(f"srresnet_x{generator.scale}.pth")
         if not path.exists():
-            raise CheckpointError(f"--strength, --added and --study need {path}, the faithful network beside "
-                                  f"{checkpoint.name}")
+            raise CheckpointError(f"--strength, --added and --study need {path}, the faithful network")
         generator = interpolate(load_checkpoint(path)[0], generator, strength)
     return generator.for_inference(select_dtype(precision, device)).to(device)
 
@@ -440,9 +438,8 @@ class Picture:
 def upscale(generator, pictures):
     """Enlarge pictures of one size: (N, H, W, 3) uint8, or a list of N, to (N, sH, sW, 3) uint8.
 
-    `generator` comes from `Generator.for_inference()`, on any device. Large pictures are cut into equal tiles of at
-    most TILE, each computed with a margin, which hides the seams. The device holds one tile at a time, and the result
-    is held once, in 8 bits."""
+    `generator` comes from `Generator.for_inference()`, on any device. Large pictures are cut into equal tiles of up to
+    TILE, with a margin that hides the seams. The device holds one at a time; the result is held once, in 8 bits."""
     pictures, device = np.asarray(pictures), next(generator.parameters()).device
     scale, (number, height, width, _) = generator.scale, pictures.shape
     sr = np.empty((number, height * scale, width * scale, 3), np.uint8)
@@ -571,7 +568,7 @@ CLEAR = 76                  # pixels: from here on, half the strength is as good
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
 TILT, SURE = 10, 0.85       # degrees and score, from which on blurred faces are turned upright (LPIPS 0.051 for 0.068)
-AROUND = 384                # pixels a side, reduced as blurred faces are: what is restored around them, for speed
+AROUND = 256                # pixels a side, reduced as blurred faces are: what is restored around them, for speed
 LEFT = ("sharp", "kept")    # what is done with faces that the network must not touch
 BLOCKS, CODED = 1.12, 48    # from a JPEG of a quality of some 80 or less, that many pixels: what is more is its pattern
 
@@ -664,14 +661,15 @@ def paste_face(patch, canvas, factor):
 
 
 def restore_surroundings(generator, photo, patch, canvas, factor, most):
-    """Restore what lies around a blurred face, as far as `most` pixels, reduced like it, reach, or it is wide. First
-    what is up to half as blurred, then what is as blurred: where as many pixels do, and half as many would lose several
-    times as much, not twice as at an edge; grain does not count."""
-    given = len(patch.lr) / patch.side
-    for share in [share for share in (2 * given, given) if share < SOFT[4]]:
-        reach = max(patch.side, round((most / share - patch.side) / 2))
-        top, left = max(0, patch.top - reach), max(0, patch.left - reach)
-        around = photo[top:patch.top + patch.side + reach, left:patch.left + patch.side + reach]
+    """Restore what lies around a blurred face, as far as `most` pixels, reduced like it, reach, or it is wide: what is
+    as blurred, and before, what is half as blurred. That is where as many pixels do, and half as many would lose
+    several times as much, not twice as at an edge; grain does not count."""
+    given, layers, rest = len(patch.lr) / patch.side, [], 1
+    reach = max(patch.side, round((most / given - patch.side) / 2))
+    top, left = max(0, patch.top - reach), max(0, patch.left - reach)
+    around = photo[top:patch.top + patch.side + reach, left:patch.left + patch.side + reach]
+    place = canvas[top * factor:, left * factor:][:len(around) * factor, :len(around[0]) * factor]
+    for share in [share for share in (given, 2 * given) if share < SOFT[4]]:
         again = [resize(rescale(around, part), *around.shape[1::-1]) for part in (share, share / 2)]
         losses = [rescale(np.square(cv2.absdiff(around, other).max(2), dtype=np.float32), share) for other in again]
         losses = [cv2.GaussianBlur(loss, (0, 0), 1.5) for loss in losses]
@@ -681,8 +679,11 @@ def restore_surroundings(generator, photo, patch, canvas, factor, most):
         near = [np.interp(np.arange(size) - start, (-fade, -fade / 2, side + fade / 2, side + fade), (0, 1, 1, 0))
                 for size, start in zip(alike.shape, (y, x))]
         mask = np.minimum(np.clip(2 - alike / 0.15, 0, 1), np.minimum.outer(*near)).astype(np.float32)
-        place = canvas[top * factor:, left * factor:][:len(around) * factor, :len(around[0]) * factor]
         mask = cv2.resize(mask, place.shape[1::-1])
+        if (mask * rest).mean() > 0.01:         # else the network would work for nothing
+            layers.append((share, mask))
+        rest = 1 - mask
+    for share, mask in reversed(layers):
         place[:] = cv2.blendLinear(place, upscale_reduced(generator, around, share, scale=factor), 1 - mask, mask)
 
 
@@ -726,8 +727,8 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
             mild = gentle if gentle and picture.patches else lambda: generator
             canvas = enlarge_background(mild(), picture) if painted else rescale(picture.lr, number)
             blurred = [patch for patch in picture.patches if patch.blurred and background != "bicubic"]
-            for patch in blurred:       # beside sharp faces, blur may be meant
-                most = 0 if sharp else AROUND / len(blurred) ** 0.5
+            most = 0 if sharp else AROUND / max(1, len(blurred)) ** 0.5     # beside sharp faces, blur may be meant
+            for patch in blurred:
                 restore_surroundings(mild(), picture.lr, patch, canvas, number, most)
             for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
                 if (painted or blurred) and patch.action in LEFT:

@@ -9,6 +9,7 @@ has the same weights, networks and losses in float32 and the default memory form
 """
 import argparse
 import contextlib
+import copy
 import itertools
 import os
 import statistics
@@ -103,9 +104,9 @@ def count_flops(function):
 
 
 def other_runtimes(generator, dtypes, pictures):
-    """What a user would take instead, where it is installed (pip install onnx onnxscript onnxruntime openvino): a
-    dict of functions that enlarge `pictures`, (N, 32, 32, 3) uint8, with the textbook network on the CPU; both
-    runtimes fold and fuse it by themselves."""
+    """What a user would take instead, PyTorch as it comes and, where they are installed (pip install onnx onnxscript
+    onnxruntime openvino), other runtimes: a dict of functions that enlarge `pictures`, (N, 32, 32, 3) uint8, with the
+    textbook network on the CPU; the runtimes fold and fuse it by themselves."""
     # The bicubic part is added outside: the exporters do not know it.
     net, lr = Textbook(generator, bicubic_residual=False).eval().requires_grad_(False), to_tensor(pictures)
 
@@ -116,6 +117,10 @@ def other_runtimes(generator, dtypes, pictures):
         return enlarge
 
     runs = {}
+    for dtype in dtypes:
+        plain = copy.deepcopy(net).to(dtype)
+        runs[f"plain PyTorch, {str(dtype)[6:]}"] = finished(lambda batch, plain=plain, dtype=dtype: plain(
+            torch.from_numpy(batch).to(dtype)).float().numpy())
     with contextlib.suppress(ImportError), tempfile.TemporaryDirectory() as folder:
         import onnxruntime
         torch.onnx.export(net, (lr,), Path(folder, "net.onnx"), dynamo=True, verbose=False)

@@ -120,6 +120,8 @@ def test_working_size_is_what_the_pixels_hold(portraits):
             blurred = data_loader.jpeg(resize(resize(face, small), large), 90)
             assert working_size(blurred) <= small + 4
             assert working_size(data_loader.jpeg(grainy(blurred, 8), 85)) <= small + 16
+        for share, least, most in ((0.02, 32, 40), (0.04, 16, 24)):      # of more, the network leaves it blurred
+            assert least <= working_size(cv2.GaussianBlur(resize(face, 160), (0, 0), share * 160)) <= most
 
 
 def test_a_restored_face_is_nearer_to_the_truth(portraits, generator):
