@@ -680,7 +680,7 @@ def restore_surroundings(generator, photo, patch, canvas, factor, most):
                 for size, start in zip(alike.shape, (y, x))]
         mask = np.minimum(np.clip(2 - alike / 0.15, 0, 1), np.minimum.outer(*near)).astype(np.float32)
         mask = cv2.resize(mask, place.shape[1::-1])
-        if (mask * rest).mean() > 0.01:         # else the network would work for nothing
+        if (mask * rest).mean() > 0.05:         # else the network would work for little
             layers.append((share, mask))
         rest = 1 - mask
     for share, mask in reversed(layers):
