@@ -428,9 +428,9 @@ def reduction_error(picture, again, even=0.9):
 
 
 def working_size(square):
-    """Say how much an (S, S, 3) uint8 crop of a face shows: 16 or the smallest side, from 24 up to S, to which it can
-    be reduced and enlarged again and still be the same. The same is a PSNR above 37 dB in the middle, or an error below
-    0.12 of what half that side would make, whatever the contrast (24 and 28: only below 0.04; 16, at 14: 0.08, or 0.2
+    """Say how much an (S, S, 3) uint8 crop of a face shows: 16, 24 or the smallest side, from 32 up to S, to which it
+    can be reduced and enlarged again and still be the same. The same is a PSNR above 37 dB in the middle, or an error
+    below 0.12 of what half that side would make, whatever the contrast (24: only below 0.04; 16, at 14: 0.08, or 0.2
     and 37 dB): chosen on 200 faces; how often it errs is in checkpoints/photographs.md. Grain does not count."""
     if len(square) > 256:       # far above any limit
         square = resize(square, 256)
@@ -445,11 +445,10 @@ def working_size(square):
         error = functools.partial(error, even=0.8)
     if len(square) > 16 and error(14) < max(0.08 * error(7), min(SAME, 0.2 * error(7))):
         return 16
-    for side in (24, 28, 32, 36, 40, 46, 52, 60, 70, 80, 96, 112, 128, 160, 192, 224):
-        if side >= 0.95 * len(square):
-            break
-        few = side < 32 and error(side, even=1) < 0.04 * error(side // 2, even=1)
-        if few or side >= 32 and error(side) < max(SAME, 0.12 * error(side // 2)):
+    if len(square) > 25 and error(24, even=1) < 0.04 * error(12, even=1):
+        return 24
+    for side in (32, 36, 40, 46, 52, 60, 70, 80, 96, 112, 128, 160, 192, 224):
+        if side < 0.95 * len(square) and (error(side) < SAME or error(side) < 0.12 * error(side // 2)):
             return side
     return len(square)
 
