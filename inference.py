@@ -186,8 +186,8 @@ WAITING = 32                # pictures of one address at a time
 KEPT = 10                   # minutes until an uploaded picture and its result are deleted
 
 INTRODUCTION = """# Face SRGAN
-Give a small picture of a face, see it large and sharp; or a photograph, whose faces are found. **What is
-added is invented**: one of many faces that fit, no evidence of who somebody is. Never identify anyone by it."""
+Give a small or blurred face, or a photograph with some, and see it sharp. **What is added is invented**: one
+of many faces that fit, no evidence of who somebody is. Never identify anyone by it."""
 EXAMPLE = "An example: an astronaut from {0} x {0} pixels. Give a picture of your own to see it here instead."
 DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
 WORDS = """
@@ -212,7 +212,7 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 :is(#photo, .below, #compare:not(.fullscreen)) {padding-top: 28px !important}    /* labels above, not upon, pictures */
 :is(#compare, .below):not(.fullscreen) .icon-button-wrapper {top: -28px} label:has(:disabled) {opacity: .45}
 #work {display: grid; gap: 16px; grid-template: auto auto 1fr / minmax(300px, 1fr) minmax(0, 2fr)}
-#show {grid-area: 1 / 2 / 4} #status {min-height: 3em} footer {display: none}
+#show {grid-area: 1 / 2 / 4} #status {min-height: 3em} footer {display: none} #cancel:disabled {visibility: hidden}
 #compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: 450px !important}
 #compare.fullscreen {height: 100% !important} #compare.fullscreen img {height: 96vh !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
@@ -221,7 +221,7 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
 @media (max-width: 700px) {
     #work {display: flex} #show {display: contents} #give {order: -2} #status {order: -1; min-height: 4.8em}
-    #status p {font-size: .85em} #knobs {order: 2} :is(#faces, #more) {order: 1} #rest {order: 3}
+    #status p {font-size: .85em} #knobs {order: 1} :is(#faces, #more) {order: 2} #rest {order: 3}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
     .caption-label {font-size: 10px !important} #photo {height: 140px !important; min-height: 0 !important}
     #compare:not(.fullscreen) {height: calc(84vw + 28px) !important}}"""
@@ -557,8 +557,11 @@ def build_app(workshop, study):
                                         buttons=["fullscreen"])
                 status = gr.Markdown(EXAMPLE.format(FACE_SIZE // workshop.scale), elem_id="status")
                 with gr.Row():
-                    download = gr.DownloadButton("Download the result", first.file, variant="primary")
-                    cancel = gr.Button("Cancel", interactive=False)
+                    download = gr.DownloadButton("Download the result", first.file, variant="primary", scale=3, min_width=160)
+                    cancel = gr.Button("Cancel", interactive=False, min_width=80, elem_id="cancel")
+                faces = gr.Gallery(label="Before and after: click one", visible=False,
+                                   object_fit="contain", format="png", interactive=False, buttons=[],
+                                   allow_preview=False, elem_id="faces")
                 with gr.Accordion("Change which faces are restored", open=False):
                     gr.Markdown("Click a face, found or missed; if need be, set its frame around the whole head.")
                     view = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"],
@@ -566,9 +569,6 @@ def build_app(workshop, study):
                     target, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
                     with gr.Row():
                         point, leave, undo = map(gr.Button, ("Restore it", "Leave as it is", "Undo"))
-                faces = gr.Gallery(label="Before and after: click one", visible=False,
-                                   object_fit="contain", format="png", interactive=False, buttons=[],
-                                   allow_preview=False, elem_id="faces")
                 with gr.Row(elem_id="more"):
                     pixels = small(label="The small picture", elem_classes=["below", "pixels"])
                     truth, invented = small(label="The truth"), small(label="What was invented")

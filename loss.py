@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from data_loader import (MARK, DataError, Face, choose_output, cut_face, find_images, is_result, printable, read_image,
                          rescale, resize, simulate, square_face, to_tensor, write_atomically)
-from model import TINY, CheckpointError, load_plain
+from model import CLEAR, TINY, CheckpointError, load_plain
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
 # how many layers of torchvision's vgg19().features lead there.
@@ -365,11 +365,17 @@ def face_pairs(picture, sr):
     return [(cut(patch, picture.lr, 1), cut(patch, sr, factor)) for patch in picture.patches]
 
 
+def outcome(patch):
+    """Say what was done with a face of a photograph."""
+    extent = " (nearly all invented)" if len(patch.lr) < TINY else " (a little)" if len(patch.lr) >= CLEAR else ""
+    return patch.action + extent * (patch.action == "restored")
+
+
 def captioned_pairs(picture, sr, name=""):
     """List a photograph's faces: (before and after side by side, (256, 512, 3) uint8, caption), and before them
     the photograph with their numbers; in a folder, where `name` is the file's, only before several."""
     name = name and f"{shortened(name, 24)}, "
-    pairs = [(np.hstack(pair), f"{name}{number}: {patch.side} px, {patch.action}")
+    pairs = [(np.hstack(pair), f"{name}{number}: {patch.side} px, {outcome(patch)}")
              for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
     overview = aimed(picture.lr, None, [patch.face for patch in picture.patches])
     return [(overview, f"{name}the photograph")] * (len(pairs) > bool(name)) + pairs
@@ -378,7 +384,7 @@ def captioned_pairs(picture, sr, name=""):
 def photo_rows(picture, sr):
     """Make a photograph's rows for `plot_comparison`: it with numbered frames, and its faces before and after."""
     most, across = 12, 2 + (len(picture.patches) > 8)
-    faces = [[("before", before, f"{number}: {patch.side} pixels"), ("after", after, patch.action)]
+    faces = [[("before", before, f"{number}: {patch.side} pixels"), ("after", after, outcome(patch))]
              for number, (patch, (before, after)) in enumerate(zip(picture.patches[:most], face_pairs(picture, sr)), 1)]
     rows = [sum(faces[i:i + across], []) for i in range(0, len(faces), across)] or [[]]
     overview = aimed(picture.lr, None, [patch.face for patch in picture.patches[:most]])
@@ -401,7 +407,7 @@ def photo_sentence(patches):
 def photo_table(picture):
     """List a photograph's rows of faces.csv."""
     return [(picture.name, number, round(patch.face.x, 1), round(patch.face.y, 1), round(patch.face.size, 1),
-             round(patch.face.angle, 1), round(patch.face.score, 3), patch.working_size, patch.action)
+             round(patch.face.angle, 1), round(patch.face.score, 3), patch.working_size, outcome(patch))
             for number, patch in enumerate(picture.patches, 1)]
 
 

@@ -46,9 +46,6 @@ PROGRESS = {"step": int, "seconds": (int, float), "best": (float, int, type(None
 UNFIT = "{}: not the state of a training of this project, or damaged; without --resume, it is set aside"
 # Flags that a checkpoint does not tell: where somebody's files lie, and how the script was called.
 PRIVATE = ("train_dir", "gan_train_dir", "val_dir", "init", "output", "vgg_weights", "resume", "dry_run")
-# Defaults by device: a GPU is kept busy by 64 patches and more only, and must not wait for validations.
-DEFAULTS = {"cpu": dict(pretrain_steps=6000, batch_size=16, lr=4e-4, val_every=500, save_every=200),
-            "cuda": dict(pretrain_steps=15000, batch_size=128, lr=6e-4, val_every=950, save_every=1000)}
 VAL_FACES = 100     # validated on, spread over the validation set
 LOG_EVERY = 10      # steps between looks at the losses; each look waits for the GPU
 # Of the flags that are numbers: the least and the most that makes sense.
@@ -641,8 +638,8 @@ def parse_arguments(argv=None):
     add("--precision", default="auto", choices=PRECISIONS, help=PRECISION_HELP)
     add("--compile", action="store_true", help="compile the networks: faster steps after a minute or two; needs a "
         "C++ compiler, on CUDA Triton")
-    add("--val-every", type=int, metavar="STEPS", help="validate and save the state [500; on CUDA 950]")
-    add("--save-every", type=int, metavar="STEPS", help="save the state [200; on CUDA 1000]")
+    add("--val-every", type=int, default=500, metavar="STEPS", help="validate and save the state [%(default)s]")
+    add("--save-every", type=int, default=250, metavar="STEPS", help="save the state [%(default)s]")
     add("--keep-every", type=int, metavar="STEPS", help="also keep the averaged generator as it is then")
 
     add = parser.add_argument_group("networks").add_argument
@@ -653,18 +650,18 @@ def parse_arguments(argv=None):
         "the bicubically enlarged input")
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--pretrain-steps", type=int, metavar="N", help="steps of SRResNet, or 0 [6000; on CUDA 15000]")
+    add("--pretrain-steps", type=int, default=6000, metavar="N", help="steps of SRResNet, or 0 [%(default)s]")
     add("--gan-steps", type=int, default=1900, metavar="N", help="steps of SRGAN, or 0 [%(default)s]")
     add("--discriminator-steps", type=int, default=0, metavar="N", help="in the first of them, only the discriminator "
         "learns: for an SRGAN that begins with good weights [%(default)s]")
-    add("--batch-size", type=int, help="patches per step, of all processes together; learning rates "
-        "and steps are for this whole batch too [16; on CUDA 128]")
+    add("--batch-size", type=int, default=16, help="patches per step, of all processes together; learning rates "
+        "and steps are for this whole batch too [%(default)s]")
     add("--patch-size", type=int, default=96, help="HR pixels: a multiple of the scale, 20 to 128 [%(default)s]")
     add("--degradation", default="mixed", choices=["bicubic", "mixed"], help="bicubic: faces as they are, reduced by "
         "Pillow; mixed: in many ways, also zoomed, turned, damaged [%(default)s]")
     add("--fixed-batch-norm", action="store_true", help="batch norm of the generator keeps the statistics it starts "
         "with: to go on training good weights, faster, with small batches or on many GPUs")
-    add("--lr", type=float, help="learning rate of SRResNet (Adam, constant, then a cosine) [4e-4; on CUDA 6e-4]")
+    add("--lr", type=float, default=4e-4, help="learning rate of SRResNet (Adam; at the end a cosine) [%(default)s]")
     add("--gan-lr", type=float, default=1e-4, help="learning rate of SRGAN [%(default)s]")
     add("--discriminator-lr", type=float, metavar="LR", help="learning rate of the discriminator [that of --gan-lr]")
     for name, (text, weight, both, _) in GeneratorLoss.TERMS.items():
@@ -676,7 +673,6 @@ def parse_arguments(argv=None):
     add("--seed", type=int, default=0, help="of the weights and the batches [%(default)s]")
 
     args = parser.parse_args(argv)
-    parser.set_defaults(**DEFAULTS[select_device(args.device).type])
     stored = {}
     if args.resume:
         args.output = args.output or Path("runs")

@@ -2,6 +2,7 @@ import errno
 import functools
 import importlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -673,15 +674,16 @@ def test_a_full_gpu_is_one_sentence_that_names_the_batch_size(flags, monkeypatch
     assert stop.value.code.startswith("train.py: the GPU's memory is full") and "--batch-size" in stop.value.code
 
 
-def test_the_defaults_suit_the_device(monkeypatch, tmp_path):
-    def defaults(device, *more):
-        monkeypatch.setattr(train, "select_device", lambda name: torch.device(device))
-        args = train.parse_arguments(["--train-dir", str(tmp_path), *more])
-        return args.batch_size, args.lr, args.gan_lr
-
-    assert defaults("cpu") == (16, 4e-4, 1e-4)
-    assert defaults("cuda") == (128, 6e-4, 1e-4)
-    assert defaults("cuda", "--batch-size", "32") == (32, 6e-4, 1e-4)
+def test_the_defaults_are_the_recipe_that_was_scored(tmp_path, monkeypatch):
+    """Which checkpoints/training.md prints, flag by flag."""
+    text = (ROOT / "checkpoints" / "training.md").read_text()
+    call = re.search(r"\npython train.py (--train-dir ffhq/train .*?)(?=#|```)", text, re.S)[1]
+    for part in ("train", "val"):
+        (tmp_path / "ffhq" / part).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    recipe = vars(train.parse_arguments(call.replace("\\\n", "").split()))
+    own = dict(train_dir=["ffhq/train"], val_dir="ffhq/val", compile=True, seed=1, precision="bfloat16")
+    assert recipe == vars(train.parse_arguments(["--train-dir", str(tmp_path)])) | own and len(call.split()) > 20
 
 
 def test_a_new_training_keeps_what_an_earlier_one_wrote(flags, tmp_path):
