@@ -31,9 +31,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 FACE_SIZE = 128             # FFHQ's thumbnails, the HR size
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif")
 # What is read, whatever the file is called. Pillow knows more, among them some that start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+with contextlib.suppress(ImportError):      # no requirement
+    import pillow_heif
+    pillow_heif.register_heif_opener()
+    FORMATS += ("HEIF",)
 PIXELS = 90_000_000         # of a picture: what has more is not read
 MARK = b"face-srgan"        # the field "Software" of a PNG, or a JPEG's segment, of every result: never an input
 VAL_PERCENT = 5             # of a folder without a split of its own
@@ -89,7 +93,7 @@ def open_image(path):
     except Image.DecompressionBombError:
         raise DataError(f"{path}: larger than {PIXELS:,} pixels") from None
     except (Image.UnidentifiedImageError, SyntaxError, ValueError):
-        raise DataError(f"{path}: not a picture ({', '.join(FORMATS)}; export HEIC as JPEG), or damaged") from None
+        raise DataError(f"{path}: not a picture ({', '.join(FORMATS)}; HEIC with pillow-heif), or damaged") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -732,10 +736,8 @@ class FaceBatches:
         _blur(hr, self.scale, which := np.flatnonzero(soft[mine]), sigmas[mine][which])
         hr = torch.where(torch.from_numpy(flips[mine]).to(self.device)[:, None, None, None], hr.flip(-1), hr) / 255
         if self.degradation == "mixed":
-            lr = degrade(hr, self.scale, np.random.default_rng([self.seed, 2, step]), self.rank, self.world)
-        else:
-            lr = downscale(hr, self.scale)
-        return lr, hr
+            return degrade(hr, self.scale, np.random.default_rng([self.seed, 2, step]), self.rank, self.world), hr
+        return downscale(hr, self.scale), hr
 
 
 if __name__ == "__main__":

@@ -486,8 +486,8 @@ def read_extras(path):
 
 
 def photo_suffix(path, alpha):
-    """A photograph that came as a JPEG stays one: a PNG would take several times its space."""
-    return ".jpg" if path.suffix.lower() in (".jpg", ".jpeg") and alpha is None else ".png"
+    """A photograph that came as a JPEG or HEIC becomes a JPEG: a PNG would take several times its space."""
+    return ".jpg" if path.suffix.lower() in (".jpg", ".jpeg", ".heic", ".heif") and alpha is None else ".png"
 
 
 def shown_share(lr):

@@ -268,7 +268,7 @@ def test_a_folder(app, client, tmp_path):
     pairs, archive, report = client.predict(files, 0.5, api_name="/folder")
     assert [pair["caption"] for pair in pairs] == ["0.png", "1.png", "2.png"]
     assert np.array(Image.open(pairs[0]["image"])).shape == (104, 240, 3)
-    assert report == "3 of 4 enlarged.\n- other.png: not a picture (PNG, JPEG, WEBP, BMP, TIFF, GIF; export HEIC as JPEG), or damaged"
+    assert report == "3 of 4 enlarged.\n- other.png: not a picture (PNG, JPEG, WEBP, BMP, TIFF, GIF; HEIC with pillow-heif), or damaged"
     with zipfile.ZipFile(archive) as pack:
         assert pack.namelist() == ["0.png", "1.png", "2.png"]
         for path in paths:

@@ -1,9 +1,11 @@
 """Faces in photographs that the tests compose: found where they are, restored where that helps, left alone where not."""
 
 import csv
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import matplotlib.cbook
@@ -413,3 +415,20 @@ def test_cutting_a_set_to_train_on(portraits, tmp_path, capsys):
     assert "2 already there" in capsys.readouterr().out and (out / files[0]).read_bytes() == b"mine"
     assert data_loader.cut_faces([tmp_path / "none"], out) == 2
     assert "there is no such file" in capsys.readouterr().err
+
+
+def test_an_iphone_s_heic_is_read_with_pillow_heif(tmp_path):
+    """A package of its own, no requirement, for which one that unpacks a PNG stands in here."""
+    (tmp_path / "pillow_heif.py").write_text("""
+import io
+from PIL import Image
+def register_heif_opener():
+    Image.register_open("HEIF", lambda file, name: Image.open(io.BytesIO(file.read()[8:])), lambda start: b"ftyp" in start)
+""")
+    Image.fromarray(skimage.data.astronaut()[::8, ::8]).save(tmp_path / "face.png")
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"1234ftyp" + (tmp_path / "face.png").read_bytes())
+    call = [sys.executable, inference.__file__, str(tmp_path / "IMG_1.HEIC"), "--photo", "--output", str(tmp_path / "out")]
+    ended = [subprocess.run(call, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True)
+             for folder in (Path.home(), tmp_path)]
+    assert ended[0].returncode == 2 and "IMG_1.HEIC: not a picture" in ended[0].stderr and "pillow-heif" in ended[0].stderr
+    assert ended[1].returncode == 0 and (tmp_path / "out" / "IMG_1.jpg").exists(), ended[1].stderr
