@@ -54,6 +54,7 @@ def read_pictures(args, files, scale, taken, failed):
             lr, hr = simulate(face, scale, args.kernel, args.damage)
             output = choose_output(Path(name), args.output, taken)
             yield Picture(output.stem, output, lr, hr=hr)
+    told = args.photo
     for path, relative in files:
         try:
             (lr, alpha), hr, sr = read_image(path), None, None
@@ -86,6 +87,9 @@ def read_pictures(args, files, scale, taken, failed):
                                 "--as-is enlarges all of it by the network, which takes a while")
             output = choose_output(relative, args.output, taken, photo_suffix(path, alpha) if args.photo else ".png")
             name = printable(output.relative_to(args.output).with_suffix(""))
+            if not told and max(height, width) > FACE_AT_MOST:      # before it takes its time; once is enough
+                tqdm.write(f"hint: {name} has more than {FACE_AT_MOST} pixels, taken for one face; --photo finds faces")
+                told = True
             yield Picture(name, output, lr, alpha, hr, sr, 1 if given else shown_share(lr), extras=read_extras(path))
         except (DataError, OSError, MemoryError) as error:
             reason = str(error) or "not enough memory"
@@ -143,7 +147,7 @@ def main(args):
             continue
         done, finished, blurred = done + 1, finished + (picture.sr is not None), blurred + (picture.share < 1)
         if args.photo:
-            tqdm.write(f"{picture.name}: {photo_sentence(picture.patches)}")
+            tqdm.write(f"{picture.name}: {photo_sentence(picture.patches)} (missed one? Point at it: --ui)")
             faces += photo_table(picture)
         if line:
             scores[picture.name] = line
@@ -164,8 +168,6 @@ def main(args):
         sheet = {}
     if (number := sum(side < TINY for side in sides)) and generator.scale == 4:
         print(f"hint: {number} of less than {TINY} pixels; for faces so small, --scale 8 is better")
-    if number := sum(side > FACE_AT_MOST for side in sides):
-        print(f"hint: {number} of more than {FACE_AT_MOST} pixels, taken for one face each; --photo finds the faces")
     if args.hr and len(scores) < (number := len(find_images(args.hr))):
         print(f"hint: {len(scores)} of the {number} pictures in {args.hr} count in the means")
     deed = "scored as results of" if finished else "upscaled"
@@ -207,7 +209,7 @@ STYLE = """
     --primary-600: #9a3412; --block-info-text-color: #52525b; --block-label-text-color: #3f3f46}
 .dark {--block-info-text-color: #a1a1aa; --block-label-text-color: #d4d4d8}
 main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility: hidden}   /* until it is whole */
-.or {color: inherit !important} .pixels img {image-rendering: pixelated}
+.or {color: inherit !important} .caption-label {white-space: normal !important} .pixels img {image-rendering: pixelated}
 :is(#photo, .below) img {width: 100% !important; height: 100% !important; object-fit: contain}
 :is(#photo, .below, #compare:not(.fullscreen)) {padding-top: 28px !important}    /* labels above, not upon, pictures */
 :is(#compare, .below):not(.fullscreen) .icon-button-wrapper {top: -28px} label:has(:disabled) {opacity: .45}
@@ -553,15 +555,13 @@ def build_app(workshop, study):
                                  buttons=[], sources=["upload", "clipboard", "webcam"], elem_id="photo")
             with gr.Column(elem_id="show"):
                 slider = gr.ImageSlider(first.pair, label="Blurry enlargement | ours: drag the line", height=480,
-                                        type="filepath", interactive=False, format="png", elem_id="compare",
-                                        buttons=["fullscreen"])
+                                        format="png", interactive=False, elem_id="compare", buttons=["fullscreen"])
                 status = gr.Markdown(EXAMPLE.format(FACE_SIZE // workshop.scale), elem_id="status")
                 with gr.Row():
-                    download = gr.DownloadButton("Download the result", first.file, variant="primary", scale=3, min_width=160)
-                    cancel = gr.Button("Cancel", interactive=False, min_width=80, elem_id="cancel")
-                faces = gr.Gallery(label="Before and after: click one", visible=False,
-                                   object_fit="contain", format="png", interactive=False, buttons=[],
-                                   allow_preview=False, elem_id="faces")
+                    download = gr.DownloadButton("Download the result", first.file, variant="primary", min_width=160)
+                    cancel = gr.Button("Cancel", interactive=False, scale=0, min_width=110, elem_id="cancel")
+                faces = gr.Gallery(label="Before and after: click one", visible=False, object_fit="contain", buttons=[],
+                                   format="png", interactive=False, allow_preview=False, elem_id="faces")
                 with gr.Accordion("Change which faces are restored", open=False):
                     gr.Markdown("Click a face, found or missed; if need be, set its frame around the whole head.")
                     view = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"],

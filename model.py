@@ -437,7 +437,6 @@ class Picture:
 @torch.inference_mode()
 def upscale(generator, pictures):
     """Enlarge pictures of one size: (N, H, W, 3) uint8, or a list of N, to (N, sH, sW, 3) uint8.
-
     `generator` comes from `Generator.for_inference()`, on any device. Large pictures are cut into equal tiles of up to
     TILE, with a margin that hides the seams. The device holds one at a time; the result is held once, in 8 bits."""
     pictures, device = np.asarray(pictures), next(generator.parameters()).device
@@ -698,14 +697,15 @@ def enlarge_background(generator, picture):
     return upscale(generator, [picture.lr])[0]
 
 
-def enlargement(photo, factor=None):
-    """How many times a photograph is enlarged: by default what gives a handy size."""
-    return factor or (4 if photo[..., 0].size <= 1e6 else 2 if photo[..., 0].size <= 4e6 else 1)
+def enlargement(photo, factor=None, patches=()):
+    """How many times a photograph is enlarged: by default to a handy size, but what the networks make of its faces, if
+    all are blurred, is not stretched more than fourfold."""
+    most = max((16 * len(patch.lr) / patch.side if patch.blurred else 4 for patch in patches), default=4)
+    return factor or next(n for n in (4, 2, 1) if photo[..., 0].size <= 16e6 / n ** 2 and n <= most or n == 1)
 
 
 def restore_photos(generator, photos, batch_size, factor=None, background=None, tiny=None, gentle=None):
     """Yield (picture, sr) for each Picture of a photograph, in order; sr (NH, NW, 3) uint8, picture.patches its faces.
-
     `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
     rest is enlarged: by default with the network, where that is quick and no face is too sharp for it. Faces go through
     it in batches, those of several photographs together. `tiny` and `gentle`, functions that give a generator, as those
@@ -739,10 +739,10 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
 
     group, pixels = [], 0
     for picture in photos:
-        number = enlargement(picture.lr, factor)
         picture.found[:] = picture.found or find_faces(picture.lr)
-        smallest = SMALLEST[8 if tiny else 4]
-        group.append((picture, number, make_patches(picture.lr, picture.found, number, smallest, picture.marked)))
+        handy, smallest = enlargement(picture.lr, factor), SMALLEST[8 if tiny else 4]
+        faces = make_patches(picture.lr, picture.found, handy, smallest, picture.marked)
+        group.append((picture, enlargement(picture.lr, factor, faces), faces))
         pixels += picture.lr.shape[0] * picture.lr.shape[1]
         if pixels > 4e6 or sum(len(patches) for _, _, patches in group) >= batch_size:
             yield from restore(group)

@@ -138,7 +138,7 @@ def test_hints_at_what_suits_the_pictures_better(run, tmp_path, capsys, faces):
     for side in (16, 32, 80):
         Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
     tiny, usual, large = (str(tmp_path / f"{side}.png") for side in (16, 32, 80))
-    for arguments, hints in (([tiny, usual, large], ["--scale 8", "--photo"]), ([usual], []),
+    for arguments, hints in (([tiny, usual, large], ["--photo", "--scale 8"]), ([usual], []),
                              ([tiny, "--scale", "8"], []), ([large, "--photo"], []), ([faces, "--simulate"], [])):
         eightfold = {"checkpoint": CHECKPOINT.with_name("srgan_x8.pth")} if "8" in arguments else {}
         assert run(*arguments, **eightfold) == 0

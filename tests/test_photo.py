@@ -245,6 +245,19 @@ def test_a_large_blurred_face_is_given_in_a_little_less_than_it_shows(portraits)
     assert len(patch.lr) == 32
 
 
+def test_a_blurred_photograph_is_enlarged_only_so_far_that_its_faces_fill_it(portraits, generator):
+    """Unless a size is asked for, or another face is not blurred."""
+    for blur, also, number in ((0, [], 4), (1.5, [], 4), (4, [], 2), (8, [("astronaut", 40, 0, 290, 20)], 4), (8, [], 1)):
+        photo, _ = compose(portraits, [("hopper", 240, 0, 10, 10)], 360, 260)
+        photo = cv2.GaussianBlur(photo, (0, 0), blur) if blur else photo
+        photo[:, 280:] = compose(portraits, also, 360, 260)[0][:, 280:]
+        patches = model.make_patches(photo, find_faces(photo), 4, 12)
+        assert len(patches) == 1 + len(also) and model.enlargement(photo, None, patches) == number, blur
+        assert model.enlargement(photo, 4, patches) == 4
+    sr, [patch] = restore(generator, photo)
+    assert sr.shape == photo.shape and patch.action == "restored"
+
+
 def test_a_face_that_a_jpeg_has_coarsened_is_reduced_to_what_it_shows(portraits, generator):
     """Only by a poor JPEG, only a face of more pixels than are left of it, whichever way the blocks lie."""
     photo, _ = compose(portraits, [("hopper", 40, 0, 10, 10), ("hopper", 80, 0, 100, 10), ("hopper", 130, 0, 200, 60)],
