@@ -382,7 +382,8 @@ def captioned_pairs(picture, sr, name=""):
 
 
 def photo_rows(picture, sr):
-    """Make a photograph's rows for `plot_comparison`: it with numbered frames, and its faces before and after."""
+    """Make a photograph's rows for `plot_comparison`: it with numbered frames, its result, if there is room, and its
+    faces before and after."""
     most, across = 12, 2 + (len(picture.patches) > 8)
     faces = [[("before", before, f"{number}: {patch.side} pixels"), ("after", after, outcome(patch))]
              for number, (patch, (before, after)) in enumerate(zip(picture.patches[:most], face_pairs(picture, sr)), 1)]
@@ -390,7 +391,10 @@ def photo_rows(picture, sr):
     overview = aimed(picture.lr, None, [patch.face for patch in picture.patches[:most]])
     first = ("photograph", overview, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"
              + f", {len(faces)} of {len(picture.patches)} faces" * (len(faces) < len(picture.patches)))
-    return [[None if i else first, None, *row] for i, row in enumerate(rows)]      # over two columns
+    result = "result", fit(sr, AIMED), f"{'result, ' * (len(rows) > 1)}{sr.shape[1]}x{sr.shape[0]}"
+    if len(rows) == 1:
+        return [[first, result, *rows[0]]]
+    return [[{0: first, 2: result}.get(i), None, *row] for i, row in enumerate(rows)]      # over two columns
 
 
 def photo_sentence(patches):

@@ -16,6 +16,7 @@ from PIL import Image
 
 import data_loader
 import inference
+import loss
 import model
 from data_loader import DataError, find_faces, read_image, rescale, resize, working_size
 from inference import CHECKPOINT, Picture, restore_photos, upscale
@@ -445,3 +446,17 @@ def register_heif_opener():
              for folder in (Path.home(), tmp_path)]
     assert ended[0].returncode == 2 and "IMG_1.HEIC: not a picture" in ended[0].stderr and "pillow-heif" in ended[0].stderr
     assert ended[1].returncode == 0 and (tmp_path / "out" / "IMG_1.jpg").exists(), ended[1].stderr
+
+
+def test_the_comparison_shows_the_photograph_its_result_and_its_faces(portraits, generator):
+    """The result beside it, or from three rows on below; a face that is nearly all invented is called so."""
+    photo, _ = compose(portraits, [("hopper", 40, 0, 10, 10)], 100, 80)
+    picture = Picture("party", None, photo)
+    [(_, sr)] = restore_photos(generator, [picture], 16)
+    [row] = loss.photo_rows(picture, sr)
+    assert [cell[0] for cell in row] == ["photograph", "result", "before", "after"] and row[1][2] == "400x320"
+    assert np.array_equal(row[1][1], sr) and row[3][2] == "restored"
+    picture.patches = [replace(patch, lr=patch.lr[:16, :16]) for patch in picture.patches] * 5
+    rows = loss.photo_rows(picture, sr)
+    assert [row[0] and row[0][2] for row in rows] == ["party, 100x80", None, "result, 400x320"]
+    assert rows[0][3][2] == "restored (nearly all invented)" == loss.photo_table(picture)[0][-1]
