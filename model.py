@@ -85,8 +85,7 @@ class Generator(nn.Module):
             paper; it trains many times faster and keeps colours from drifting. False is the paper's network.
 
     Input and output are RGB in [0, 1] of any height and width; the output is not clamped, so that the losses keep
-    their gradient outside the range.
-    """
+    their gradient outside the range."""
 
     def __init__(self, scale=4, blocks=16, channels=64, bicubic_residual=True):
         super().__init__()
@@ -154,7 +153,6 @@ def icnr_(conv):
 def shuffled_conv(features, conv):
     """Compute conv(F.pixel_shuffle(features, 2)) without making the large intermediate: (N, 4C, H, W) -> (N, outputs,
     2H, 2W). Kernels other than of 4k + 1 with padding 2k take the usual way.
-
     The convolution is carried out on the small grid: its kernel, shifted by 0 or 1 for each of the four sub-pixels of
     the result and unshuffled like a picture, becomes one of half the size. The tail's three output channels keep a
     processor's wide registers mostly idle; twelve fill them."""
@@ -172,11 +170,9 @@ def shuffled_conv(features, conv):
 class Discriminator(nn.Module):
     """The discriminator of section 2.1.1: eight 3x3 convolutions, 64 to 512 channels, every second one with stride 2,
     then two dense layers.
-
     Takes RGB in [0, 1] of any size from 16x16 and returns logits of shape (N,): positive for real. The paper's dense
     layer sees all positions of a 96x96 picture; here the features are averaged to 4x4 cells first (the size of a 64x64
-    patch's), so that any patch size fits and the dense layer stays at 8.4 million weights.
-    """
+    patch's), so that any patch size fits and the dense layer stays at 8.4 million weights."""
 
     def __init__(self, channels=64):
         super().__init__()
@@ -251,8 +247,7 @@ def checksum(weights):
 
 
 def save_checkpoint(path, generator, training):
-    """Write a generator's weights and architecture, and the facts of its training (a dict of numbers, strings and dicts
-    of those), as one .pth file."""
+    """Write a generator's weights and architecture, and the facts of its training, plain values, as one .pth file."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in generator.state_dict().items()}
     save_plain(path, {"format": FORMAT, "architecture": generator.architecture, "weights": weights,
                       "checksum": checksum(weights), "training": training})
@@ -408,8 +403,7 @@ def select_dtype(name, device):
         # Pascal is slow in float16; the GTX 16 series, of 7.5 too, is known for NaN in it.
         return torch.float16 if major == 7 and "GTX 16" not in device_name(device) else torch.float32
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    native = features.get("avx512_bf16") or features.get("amx_bf16")
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
 
 
 def device_name(device):
@@ -547,8 +541,7 @@ def write_result(picture, sr):
 
 
 def write_results(results):
-    """Write pairs (picture, sr) on threads, while the network works on the next and the first are compared;
-    yield (picture, sr, future of the writing)."""
+    """Write pairs (picture, sr) on threads, meanwhile yield (picture, sr, future of the writing)."""
     writing = deque()
     with ThreadPoolExecutor(WRITERS) as pool:
         for picture, sr in results:
@@ -568,6 +561,7 @@ DETAIL = 96                 # pixels: what shows more than fits in them is left 
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
 TILT, SURE = 10, 0.85       # degrees and score, from which on blurred faces are turned upright (LPIPS 0.051 for 0.068)
 AROUND = 256                # pixels a side, reduced as blurred faces are: what is restored around them, for speed
+GAIN = 2.7                  # in detail: below, the network has left a face as it was (others: 2.9 to 17; 40 faces)
 LEFT = ("sharp", "kept")    # what is done with faces that the network must not touch
 BLOCKS, CODED = 1.12, 48    # from a JPEG of a quality of some 80 or less, that many pixels: what is more is its pattern
 
@@ -605,7 +599,6 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
     """Decide what to do with each of the Faces `found` in an (H, W, 3) uint8 photograph, if the result is `factor`
     times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. What is
     `marked`, (Face, "restored" or "kept"), replaces what was found with its middle in that frame, and keeps its turn.
-
     A face whose pixels hold what they can goes through the network as it is, a blurred one, or one that a JPEG has
     coarsened, is reduced first to what it shows. Sharp, it is turned by quarters, which loses nothing, blurred until it
     is upright: the network knows tilts up to 30 degrees, but of blurred faces it makes grimaces there."""
@@ -698,8 +691,7 @@ def enlarge_background(generator, picture):
 
 
 def enlargement(photo, factor=None, patches=()):
-    """How many times a photograph is enlarged: by default to a handy size, but what the networks make of its faces, if
-    all are blurred, is not stretched more than fourfold."""
+    """How many times a photograph is enlarged: to a handy size; what is made of blurred faces, by at most four."""
     most = max((16 * len(patch.lr) / patch.side if patch.blurred else 4 for patch in patches), default=4)
     return factor or next(n for n in (4, 2, 1) if photo[..., 0].size <= 16e6 / n ** 2 and n <= most or n == 1)
 
@@ -707,18 +699,26 @@ def enlargement(photo, factor=None, patches=()):
 def restore_photos(generator, photos, batch_size, factor=None, background=None, tiny=None, gentle=None):
     """Yield (picture, sr) for each Picture of a photograph, in order; sr (NH, NW, 3) uint8, picture.patches its faces.
     `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
-    rest is enlarged: by default with the network, where that is quick and no face is too sharp for it. Faces go through
-    it in batches, those of several photographs together. `tiny` and `gentle`, functions that give a generator, as those
-    of Networks, do so for faces of less than TINY pixels, and for those of CLEAR and more and for the rest."""
+    rest is enlarged: by default with the network, where that is quick and no face is too sharp for it. `tiny` and
+    `gentle`, functions of Networks, give the generator for faces below TINY, and from CLEAR pixels on and the rest."""
+    def network(patch):
+        return tiny if len(patch.lr) < TINY else gentle if len(patch.lr) >= CLEAR else None
+
+    def detail(picture):
+        return cv2.Laplacian(resize(picture, 128), cv2.CV_32F).std()
+
     def restore(group):
-        patches = [patch for _, _, faces in group for patch in faces if patch.action == "restored"]
-        chosen = {}
-        for patch in patches:
-            special = tiny if len(patch.lr) < TINY else gentle if len(patch.lr) >= CLEAR else None
-            chosen.setdefault(special, []).append(patch)
-        for special, alike in chosen.items():
-            for patch, patch.sr in upscale_pictures(special() if special else generator, alike, batch_size):
-                pass
+        waiting = [patch for _, _, faces in group for patch in faces if patch.action == "restored"]
+        while waiting:
+            for special in {tiny, gentle, None}:
+                alike = [patch for patch in waiting if network(patch) is special]
+                for patch, patch.sr in upscale_pictures(special() if special else generator, alike, batch_size):
+                    pass
+            waiting = [patch for patch in waiting if patch.blurred and 16 < len(patch.lr) <= 40
+                       and (tiny or len(patch.lr) > TINY) and detail(patch.sr) < GAIN * detail(patch.lr)]
+            for patch in waiting:       # more blurred than it seemed: once more, in fewer pixels
+                patch.working_size = TINY if len(patch.lr) > TINY else 16
+                patch.lr, patch.sr = resize(patch.lr, patch.working_size), None
         for picture, number, picture.patches in group:
             sharp = any(patch.action in LEFT for patch in picture.patches)
             way = background or ("network" if picture.lr[..., 0].size <= 5e5 and not sharp else "bicubic")

@@ -75,7 +75,8 @@ class MovingAverage:
         """Move after a step. The decay grows from 0.1 with the steps: the first, poor weights are soon forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(*self.floats, 1 - decay)       # one kernel instead of hundreds
-        torch._foreach_copy_(*self.counts)
+        if self.counts:         # none without batch norm
+            torch._foreach_copy_(*self.counts)
 
 
 class _SumOverProcesses(torch.autograd.Function):

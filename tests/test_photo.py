@@ -198,6 +198,18 @@ def test_of_a_very_blurred_face_the_eightfold_network_makes_a_face(portraits, ge
     assert eight > four > 3 * before and patch.sr.shape == (128, 128, 3)
 
 
+def test_a_face_that_the_network_leaves_blurred_goes_through_it_again_in_fewer_pixels(generator, monkeypatch):
+    """A JPEG hides how blurred it is."""
+    photo = data_loader.jpeg(cv2.GaussianBlur(skimage.data.astronaut(), (0, 0), 6), 75)
+    eyes, details = np.s_[85:115, 190:255], []
+    for least in (model.GAIN, 0):
+        monkeypatch.setattr(model, "GAIN", least)
+        sr, [patch] = restore(generator, photo, factor=1)
+        details.append(cv2.Laplacian(sr[eyes], cv2.CV_64F).std())
+        assert patch.working_size == len(patch.lr) == (24 if least else 32)
+    assert details[0] > 3 * details[1]
+
+
 @pytest.mark.parametrize("factor", [4, 2, 1])
 def test_around_a_blurred_face_what_is_as_blurred_is_restored_and_nothing_else(portraits, generator, factor):
     """At any enlargement; half of the photograph is sharp, or another time all of it blurred."""

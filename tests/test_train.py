@@ -242,6 +242,16 @@ def test_ema_moves_towards_the_generator_with_its_buffers():
     assert all(torch.all(tensor > 2.8) for tensor in ema.state_dict().values())
 
 
+def test_a_generator_without_batch_norm_trains(flags, tmp_path, monkeypatch):
+    """A change that many make; nothing is left then that counts batches."""
+    monkeypatch.setattr(torch.nn, "BatchNorm2d", type("NoNorm", (torch.nn.Identity,), {}))
+    train.run([*flags, "--pretrain-steps", "2", "--gan-steps", "2"])
+    generator = load_checkpoint(tmp_path / "out" / "srgan_x4.pth")[0]
+    assert not [name for name in generator.state_dict() if "running" in name]
+    lr = torch.rand(1, 3, 8, 8)
+    torch.testing.assert_close(generator.for_inference()(lr), generator(lr))
+
+
 def test_what_is_validated_and_shipped_is_the_average(stage, tmp_path):
     srresnet = stage("srresnet", "--pretrain-steps", "50")
     for _ in range(5):
