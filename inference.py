@@ -147,7 +147,7 @@ def main(args):
             continue
         done, finished, blurred = done + 1, finished + (picture.sr is not None), blurred + (picture.share < 1)
         if args.photo:
-            tqdm.write(f"{picture.name}: {photo_sentence(picture.patches)} (missed one? Point at it: --ui)")
+            tqdm.write(f"{picture.name}: {photo_sentence(picture.patches)}")
             faces += photo_table(picture)
         if line:
             scores[picture.name] = line
@@ -174,7 +174,7 @@ def main(args):
     what, how = ("photograph", "") if args.photo else ("picture", f" {deed} {generator.scale}x")
     how += f" ({blurred} blurred, so reduced first to what they show, but --as-is)" * bool(blurred)
     print(f"{done} {what}{'s' * (done != 1)}{how} into {args.output} in {time.monotonic() - started:.1f} s on the "
-          f"{device.type}" + f"; compare: {comparison}" * bool(sheet))
+          f"{device.type}" + f"; compare: {comparison}" * bool(sheet) + "; is a face missing? See --ui" * args.photo)
     return 2 if not done else 1 if problems else 0
 
 

@@ -367,8 +367,10 @@ def face_pairs(picture, sr):
 
 def outcome(patch):
     """Say what was done with a face of a photograph."""
-    extent = " (nearly all invented)" if len(patch.lr) < TINY else " (a little)" if len(patch.lr) >= CLEAR else ""
-    return patch.action + extent * (patch.action == "restored")
+    if patch.action != "restored":
+        return patch.action
+    small, large = len(patch.lr) < TINY, len(patch.lr) >= CLEAR
+    return "mostly invented" if small else "restored (a little)" if large else "restored"
 
 
 def captioned_pairs(picture, sr, name=""):
@@ -401,7 +403,7 @@ def photo_sentence(patches):
     """Say what was done with the faces of a photograph."""
     numbers = Counter(patch.action for patch in patches)
     tiny = sum(patch.action == "restored" and len(patch.lr) < TINY for patch in patches)
-    parts = [f"{numbers['restored']} restored" + f" ({tiny} of them nearly all invented)" * bool(tiny)]
+    parts = [f"{numbers['restored']} restored" + f" ({tiny} of them mostly invented)" * bool(tiny)]
     parts += [f"{numbers['sharp']} left as is (sharp already)"] * bool(numbers["sharp"])
     parts += [f"{numbers['kept']} left as is (as asked)"] * bool(numbers["kept"])
     parts += [f"{numbers['small']} too small"] * bool(numbers["small"])

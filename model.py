@@ -561,7 +561,7 @@ DETAIL = 96                 # pixels: what shows more than fits in them is left 
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
 TILT, SURE = 10, 0.85       # degrees and score, from which on blurred faces are turned upright (LPIPS 0.051 for 0.068)
 AROUND = 256                # pixels a side, reduced as blurred faces are: what is restored around them, for speed
-GAIN = 2.7                  # in detail: below, the network has left a face as it was (others: 2.9 to 17; 40 faces)
+GAIN = 2.7                  # in detail: below, the network has left a face as it was (else 2.8 to 17; 16 faces)
 LEFT = ("sharp", "kept")    # what is done with faces that the network must not touch
 BLOCKS, CODED = 1.12, 48    # from a JPEG of a quality of some 80 or less, that many pixels: what is more is its pattern
 

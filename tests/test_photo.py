@@ -461,7 +461,7 @@ def register_heif_opener():
 
 
 def test_the_comparison_shows_the_photograph_its_result_and_its_faces(portraits, generator):
-    """The result beside it, or from three rows on below; a face that is nearly all invented is called so."""
+    """The result beside it, or from three rows on below; a face that is mostly invented is called so."""
     photo, _ = compose(portraits, [("hopper", 40, 0, 10, 10)], 100, 80)
     picture = Picture("party", None, photo)
     [(_, sr)] = restore_photos(generator, [picture], 16)
@@ -471,4 +471,4 @@ def test_the_comparison_shows_the_photograph_its_result_and_its_faces(portraits,
     picture.patches = [replace(patch, lr=patch.lr[:16, :16]) for patch in picture.patches] * 5
     rows = loss.photo_rows(picture, sr)
     assert [row[0] and row[0][2] for row in rows] == ["party, 100x80", None, "result, 400x320"]
-    assert rows[0][3][2] == "restored (nearly all invented)" == loss.photo_table(picture)[0][-1]
+    assert rows[0][3][2] == "mostly invented" == loss.photo_table(picture)[0][-1]
