@@ -194,9 +194,8 @@ class Discriminator(nn.Module):
 
 
 def interpolate(faithful, vivid, strength):
-    """Make the generator between two of one architecture: every parameter and batch-norm statistic is
-    (1 - strength) * faithful + strength * vivid. Network interpolation, Wang et al. 2018, "ESRGAN"
-    (arXiv:1809.00219), section 3.4. Raises CheckpointError where the architectures differ."""
+    """Make the generator between two of one architecture, (1 - strength) * faithful + strength * vivid in each
+    parameter and statistic (Wang et al. 2018, "ESRGAN", arXiv:1809.00219, section 3.4). Else raises CheckpointError."""
     if faithful.architecture != vivid.architecture:
         raise CheckpointError(f"cannot be interpolated: {faithful.architecture} and {vivid.architecture}")
     between, ends = copy.deepcopy(vivid), (faithful.state_dict(), vivid.state_dict())
@@ -335,8 +334,8 @@ class Networks:
 def siblings(checkpoint):
     """List a checkpoint and those of other scales that lie beside it under the same name: a dict scale -> path."""
     found = {scale: checkpoint.with_name(re.sub(r"_x\d\.pth$", f"_x{scale}.pth", checkpoint.name)) for scale in (4, 8)}
-    own = load_checkpoint(checkpoint)[0].scale
-    return {scale: path for scale, path in found.items() if path != checkpoint and path.exists()} | {own: checkpoint}
+    others = {scale: path for scale, path in found.items() if path != checkpoint and path.exists()}
+    return others | {load_checkpoint(checkpoint)[0].scale: checkpoint}
 
 
 class AtWork(nn.Module):
@@ -374,8 +373,7 @@ def select_device(name):
     """Turn "auto", "cpu", "cuda" or "cuda:1" into a device, with its index on CUDA as tensors report it; auto
     is CUDA where there is one. With several processes a machine, "cuda" is the GPU of this one. From
     then on float32 is float32: TF32, with its 10 bits of mantissa, is off for convolutions and products."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if not re.fullmatch(r"cpu|cuda(:\d\d?)?", name):
         raise DeviceError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     device = torch.device(name)
@@ -495,19 +493,30 @@ def shown_share(lr):
     return size / side if size < SOFT[4] * side else 1
 
 
+def upscale_blurred(generator, lr, tiny=None):
+    """Enlarge a blurred picture, reduced to what it seems to show. What the network leaves as soft as it was shows
+    less, and goes through it again in 24 pixels, and in 16, if there is `tiny`, a function that gives the generator for
+    fewer than TINY. Returns (lr as it was given in the end, sr)."""
+    while True:
+        side = max(lr.shape[:2])
+        sr = upscale(tiny() if tiny and side < TINY else generator, [lr])[0]
+        ours, bicubic = (cv2.Laplacian(resize(picture, 128), cv2.CV_32F).std() for picture in (sr, lr))
+        if ours >= GAIN * bicubic or side > 40 or side <= (16 if tiny else TINY):
+            return lr, sr
+        lr = rescale(lr, (TINY if side > TINY else 16) / side)
+
+
 def upscale_reduced(generator, lr, share=1, tiny=None, scale=None):
-    """Enlarge one picture `scale` times, by default the generator's, reduced to a share of its pixels a side first, by
-    bicubic for the rest. Where fewer than TINY pixels remain, the generator of `tiny()`, if given, is taken."""
+    """Enlarge one picture `scale` times, by default the generator's: reduced to a share of its pixels a side first, if
+    that is not 1, then as in `upscale_blurred`, and by bicubic for the rest."""
     if share == 1 and not scale:
         return upscale(generator, [lr])[0]
-    small, (height, width) = rescale(lr, share), lr.shape[:2]
-    network = tiny() if tiny and max(small.shape) < TINY else generator
-    return resize(upscale(network, [small])[0], width * (scale or generator.scale), height * (scale or generator.scale))
+    sr = upscale_blurred(generator, rescale(lr, share), tiny)[1]
+    return resize(sr, *(side * (scale or generator.scale) for side in lr.shape[1::-1]))
 
 
 def upscale_pictures(generator, pictures, batch_size, tiny=None):
-    """Yield (picture, sr), sr (sH, sW, 3) uint8, batching pictures of one size; large and blurred ones go
-    alone, the latter as in `upscale_reduced`, and the order may differ."""
+    """Yield (picture, sr), sr (sH, sW, 3) uint8, in any order: in batches of one size, large and blurred ones alone."""
     waiting = {}
 
     def flush(shape):
@@ -546,8 +555,7 @@ def write_results(results):
     with ThreadPoolExecutor(WRITERS) as pool:
         for picture, sr in results:
             writing.append((picture, sr, pool.submit(write_result, picture, sr)))
-            # Large ones are not hoarded: each would wait with all its pixels.
-            while len(writing) > WRITERS or writing and sum(sr.size for _, sr, _ in writing) > 2**27:
+            while len(writing) > WRITERS or writing and sum(sr.size for _, sr, _ in writing) > 2**27:   # few large ones
                 yield writing.popleft()
         yield from writing
 
@@ -683,10 +691,9 @@ def enlarge_background(generator, picture):
     """Enlarge a photograph with the network, but by bicubic where all of it is as blurred as a face, and will be
     restored around it, or if the network makes worms of its grain."""
     share = max((len(patch.lr) / patch.side if patch.blurred else 1 for patch in picture.patches), default=1)
-    if share < 1:
-        again = resize(rescale(picture.lr, share), *picture.lr.shape[1::-1])
-        if reduction_error(picture.lr, again) < max(SAME, reduction_error(picture.lr, again, 1)):
-            return rescale(picture.lr, generator.scale)
+    again = resize(rescale(picture.lr, share), *picture.lr.shape[1::-1])
+    if share < 1 and reduction_error(picture.lr, again) < max(SAME, reduction_error(picture.lr, again, 1)):
+        return rescale(picture.lr, generator.scale)
     return upscale(generator, [picture.lr])[0]
 
 
@@ -701,30 +708,23 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
     `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
     rest is enlarged: by default with the network, where that is quick and no face is too sharp for it. `tiny` and
     `gentle`, functions of Networks, give the generator for faces below TINY, and from CLEAR pixels on and the rest."""
-    def network(patch):
-        return tiny if len(patch.lr) < TINY else gentle if len(patch.lr) >= CLEAR else None
-
-    def detail(picture):
-        return cv2.Laplacian(resize(picture, 128), cv2.CV_32F).std()
-
     def restore(group):
-        waiting = [patch for _, _, faces in group for patch in faces if patch.action == "restored"]
-        while waiting:
-            for special in {tiny, gentle, None}:
-                alike = [patch for patch in waiting if network(patch) is special]
-                for patch, patch.sr in upscale_pictures(special() if special else generator, alike, batch_size):
-                    pass
-            waiting = [patch for patch in waiting if patch.blurred and 16 < len(patch.lr) <= 40
-                       and (tiny or len(patch.lr) > TINY) and detail(patch.sr) < GAIN * detail(patch.lr)]
-            for patch in waiting:       # more blurred than it seemed: once more, in fewer pixels
-                patch.working_size = TINY if len(patch.lr) > TINY else 16
-                patch.lr, patch.sr = resize(patch.lr, patch.working_size), None
+        patches = [patch for _, _, faces in group for patch in faces if patch.action == "restored"]
+        chosen = {}
+        for patch in patches:
+            if patch.blurred and len(patch.lr) < CLEAR:
+                patch.lr, patch.sr = upscale_blurred(generator, patch.lr, tiny)
+            else:
+                network = tiny if len(patch.lr) < TINY else gentle if len(patch.lr) >= CLEAR else None
+                chosen.setdefault(network, []).append(patch)
+        for network, alike in chosen.items():
+            for patch, patch.sr in upscale_pictures(network() if network else generator, alike, batch_size):
+                pass
         for picture, number, picture.patches in group:
             sharp = any(patch.action in LEFT for patch in picture.patches)
             way = background or ("network" if picture.lr[..., 0].size <= 5e5 and not sharp else "bicubic")
             painted = way == "network" and number == generator.scale
-            # Around faces, since of edges it makes scribbles; where none was found, one may have been missed.
-            mild = gentle if gentle and picture.patches else lambda: generator
+            mild = gentle if gentle and picture.patches else lambda: generator      # else of edges it makes scribbles
             canvas = enlarge_background(mild(), picture) if painted else rescale(picture.lr, number)
             blurred = [patch for patch in picture.patches if patch.blurred and background != "bicubic"]
             most = 0 if sharp else AROUND / max(1, len(blurred)) ** 0.5     # beside sharp faces, blur may be meant
@@ -740,8 +740,8 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
     group, pixels = [], 0
     for picture in photos:
         picture.found[:] = picture.found or find_faces(picture.lr)
-        handy, smallest = enlargement(picture.lr, factor), SMALLEST[8 if tiny else 4]
-        faces = make_patches(picture.lr, picture.found, handy, smallest, picture.marked)
+        faces = make_patches(picture.lr, picture.found, enlargement(picture.lr, factor), SMALLEST[8 if tiny else 4],
+                             picture.marked)
         group.append((picture, enlargement(picture.lr, factor, faces), faces))
         pixels += picture.lr.shape[0] * picture.lr.shape[1]
         if pixels > 4e6 or sum(len(patches) for _, _, patches in group) >= batch_size:

@@ -199,15 +199,22 @@ def test_of_a_very_blurred_face_the_eightfold_network_makes_a_face(portraits, ge
 
 
 def test_a_face_that_the_network_leaves_blurred_goes_through_it_again_in_fewer_pixels(generator, monkeypatch):
-    """A JPEG hides how blurred it is."""
+    """A JPEG hides how blurred it is. Also alone, not only in a photograph."""
     photo = data_loader.jpeg(cv2.GaussianBlur(skimage.data.astronaut(), (0, 0), 6), 75)
     eyes, details = np.s_[85:115, 190:255], []
     for least in (model.GAIN, 0):
         monkeypatch.setattr(model, "GAIN", least)
         sr, [patch] = restore(generator, photo, factor=1)
         details.append(cv2.Laplacian(sr[eyes], cv2.CV_64F).std())
-        assert patch.working_size == len(patch.lr) == (24 if least else 32)
+        assert patch.working_size == 32 and len(patch.lr) == (24 if least else 32)
     assert details[0] > 3 * details[1]
+    face = data_loader.jpeg(cv2.GaussianBlur(resize(skimage.data.astronaut()[30:200, 140:310], 137), (0, 0), 6.03), 75)
+    share, alone = model.shown_share(face), []
+    for least in (0, 2.7):
+        monkeypatch.setattr(model, "GAIN", least)
+        sr = model.upscale_reduced(generator, face, share)
+        alone.append(cv2.Laplacian(resize(sr, 128), cv2.CV_64F).std())
+    assert round(share * 137) == 32 and alone[1] > 3 * alone[0]
 
 
 @pytest.mark.parametrize("factor", [4, 2, 1])
