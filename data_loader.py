@@ -155,29 +155,14 @@ def remove_remains(folder):
 def write_picture(path, picture, extras={}):
     """Write (H, W, 3 or 4) uint8, marked as a result, with Pillow's keywords "icc_profile" and "exif": as a PNG or, if
     `path` ends so, as a .jpg of quality 95 without subsampling."""
-    def write_png(file):
-        file.write(data[:33])       # the signature and the header
-        PngImagePlugin.putchunk(file, b"tEXt", b"Software\0" + MARK)
-        if "icc_profile" in extras:
-            PngImagePlugin.putchunk(file, b"iCCP", b"profile\0\0" + zlib.compress(extras["icc_profile"]))
-        if "exif" in extras:
-            PngImagePlugin.putchunk(file, b"eXIf", extras["exif"].removeprefix(b"Exif\0\0"))
-        file.write(data[33:])
-
-    def write_jpeg(file):
-        Image.fromarray(picture).save(buffer := io.BytesIO(), "JPEG", quality=95, subsampling=0, **extras)
-        data = buffer.getbuffer()
-        place = 4 + int.from_bytes(data[4:6], "big")       # behind the first segment
-        file.writelines((data[:place], b"\xff\xef", (2 + len(MARK)).to_bytes(2, "big"), MARK, data[place:]))
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix != ".jpg":
-        order = cv2.COLOR_RGB2BGR if picture.shape[2] == 3 else cv2.COLOR_RGBA2BGRA
-        try:
-            data = cv2.imencode(".png", cv2.cvtColor(picture, order))[1]    # twice as fast as Pillow, without extras
-        except cv2.error:
-            raise MemoryError from None     # nothing else can be wrong
-    write_atomically(path, write_jpeg if path.suffix == ".jpg" else write_png)
+    mark, segment = PngImagePlugin.PngInfo(), b"\xff\xef" + (2 + len(MARK)).to_bytes(2, "big") + MARK
+    mark.add_text("Software", MARK.decode())
+    options = dict(format="JPEG", quality=95, subsampling=0, extra=segment) if path.suffix == ".jpg" else dict(
+        format="PNG", compress_level=1, compress_type=3, pnginfo=mark)      # run lengths: fast, and no larger
+    with io.BytesIO() as buffer:        # saving into a file, Pillow hides why it cannot be written
+        Image.fromarray(picture).save(buffer, **options, **extras)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def is_result(path):
@@ -276,10 +261,8 @@ def load_split(train_dirs, val_dir, val_count, progress=True):
 
 
 def load_faces(files, progress=True):
-    """Decode faces once: (N, 3, 128, 128) uint8. 70,000 of them are 3.4 GB.
-
-    A file that cannot be read is named in a warning on stderr and left out. Raises DataError where all are.
-    """
+    """Decode faces once: (N, 3, 128, 128) uint8. 70,000 of them are 3.4 GB. A file that cannot be read is named in a
+    warning on stderr and left out. Raises DataError where all are."""
     faces = torch.empty(len(files), 3, FACE_SIZE, FACE_SIZE, dtype=torch.uint8)
 
     def decode(places):
@@ -311,6 +294,7 @@ def load_faces(files, progress=True):
 
 # YuNet (Wu et al. 2023, MIT licence), from OpenCV's model zoo.
 DETECTOR = Path(__file__).resolve().parent / "checkpoints" / "face_detection_yunet_2023mar.onnx"
+FADED = 128                                 # levels between which nearly all of a picture lies, if it is faded or dark
 DETECTION_SIDES = (320, 640, 1280, 2560)    # the longest side, in pixels, at which a photograph is shown to it
 PROPOSAL_SCORE, DETECTION_SCORE = 0.5, 0.8  # at first sight; looked at again: below, coffee cups become faces
 CLOSE = 128                                 # pixels a side of that second look
@@ -343,7 +327,7 @@ def find_faces(picture):
         raise DataError(f"{DETECTOR}: the face detector is missing; it comes with the repository")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)    # OpenCV 5 warns about every network
     detector = cv2.FaceDetectorYN.create(str(DETECTOR), "", (320, 320), PROPOSAL_SCORE)
-    (height, width), found = picture.shape[:2], []
+    (height, width), found, picture = picture.shape[:2], [], full_contrast(picture)
     for side in DETECTION_SIDES:
         factor = side / max(height, width)
         if factor > 4 and side > DETECTION_SIDES[0]:
@@ -438,6 +422,7 @@ def working_size(square):
     and 37 dB): chosen on 200 faces; how often it errs is in checkpoints/photographs.md. Grain does not count."""
     if len(square) > 256:       # far above any limit
         square = resize(square, 256)
+    square = full_contrast(square)
     middle = slice(len(square) // 4, -(len(square) // 4))
 
     def error(side, even=0.9):
@@ -514,6 +499,21 @@ def resize(picture, width, height=None):
 def rescale(picture, factor):
     """Resize (H, W) or (H, W, 3) uint8 by a factor; to 4 or 8 times, this is the baseline of all scores."""
     return resize(picture, *(max(1, round(side * factor)) for side in picture.shape[1::-1]))
+
+
+def contrast(picture):
+    """Tell how to bring the levels of a faded or dark (H, W, 3) uint8 picture to the full range, as the networks know
+    them: (offset, gain), where (picture - offset) * gain reaches from 0 to 255, but for its darkest and its brightest
+    hundredth; of others (0, 1)."""
+    step = max(picture.shape) // 512 + 1
+    low, high = np.percentile(picture[::step, ::step], (1, 99))
+    return (low, 255 / max(high - low, 8)) if high - low < FADED else (0, 1)
+
+
+def full_contrast(picture):
+    """Bring a faded or dark (H, W, 3) uint8 picture to the full range of levels; others stay."""
+    offset, gain = contrast(picture)
+    return picture if gain == 1 else ((np.arange(256) - offset) * gain).clip(0, 255).astype(np.uint8)[picture]
 
 
 # Tensors ----------------------------------------------------------------------------------------

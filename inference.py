@@ -408,7 +408,7 @@ class Workshop:
         line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
         if not photo and factor != (suited := self.suited(picture.lr)):
-            line += f"; for a face of this size, try {suited}x"
+            line += f"; for a face of this size, try {suited}x (under More)"
         if scores:
             line += ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), "
                      "SSIM {ssim:.3f} (bicubic {ssim_bicubic:.3f})").format(**scores)
@@ -558,7 +558,7 @@ def build_app(workshop, study):
                                         format="png", interactive=False, elem_id="compare", buttons=["fullscreen"])
                 status = gr.Markdown(EXAMPLE.format(FACE_SIZE // workshop.scale), elem_id="status")
                 with gr.Row():
-                    download = gr.DownloadButton("Download the result", first.file, variant="primary", min_width=160)
+                    download = gr.DownloadButton("Download", first.file, variant="primary", min_width=160)
                     cancel = gr.Button("Cancel", interactive=False, scale=0, min_width=110, elem_id="cancel")
                 faces = gr.Gallery(label="Before and after: click one", visible=False, object_fit="contain", buttons=[],
                                    format="png", interactive=False, allow_preview=False, elem_id="faces")
@@ -573,11 +573,11 @@ def build_app(workshop, study):
                     pixels = small(label="The small picture", elem_classes=["below", "pixels"])
                     truth, invented = small(label="The truth"), small(label="What was invented")
             with gr.Column(elem_id="knobs"):
-                scale = gr.Radio([(f"{scale}x", scale) for scale in sorted(workshop.files)], value=workshop.scale,
-                                 label="Enlargement", visible=len(workshop.files) > 1,
-                                 info="Of one face, not of a photograph. 8x, for 12 to 20 pixels, invents nearly all.")
                 strength = make_knob()
                 with gr.Accordion("More", open=False):
+                    scale = gr.Radio([(f"{scale}x", scale) for scale in sorted(workshop.files)], value=workshop.scale,
+                                     label="Enlargement of one face", visible=len(workshop.files) > 1,
+                                     info="Chosen by its size: 8x, for 12 to 20 pixels, invents nearly all.")
                     shrink = gr.Checkbox(label="This is already sharp: shrink it first",
                                          info="As one face. Then the truth is known, and shown beside the result.")
                     added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob,

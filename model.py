@@ -31,8 +31,8 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data_loader import (SAME, Face, cut_face, find_faces, open_image, reduction_error, rescale, resize, to_tensor,
-                         to_uint8, turning, working_size, write_atomically, write_picture)
+from data_loader import (SAME, Face, contrast, cut_face, find_faces, full_contrast, open_image, reduction_error,
+                         rescale, resize, to_tensor, to_uint8, turning, working_size, write_atomically, write_picture)
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -218,8 +218,8 @@ def load_plain(path):
     more than CONTENT bytes is not read. Raises CheckpointError with one sentence for a missing or damaged file."""
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: not a file")        # a pipe would never end
+        if not path.is_file():      # a pipe would never end
+            raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'there is no such file'}")
         size = path.stat().st_size
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as parts:
@@ -227,8 +227,6 @@ def load_plain(path):
         if size > CONTENT:
             raise CheckpointError(f"{path}: unpacks to {size:,} bytes, more than any checkpoint of this project")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
     except CheckpointError:
         raise
     except Exception as error:      # torch.load raises half a dozen unrelated kinds
@@ -434,13 +432,14 @@ def upscale(generator, pictures):
     pictures, device = np.asarray(pictures), next(generator.parameters()).device
     scale, (number, height, width, _) = generator.scale, pictures.shape
     sr = np.empty((number, height * scale, width * scale, 3), np.uint8)
+    offset, gain = torch.tensor([*map(contrast, pictures)], device=device).float().T[..., None, None, None]
     rows, columns = ([*pairwise(i * side // -(-side // TILE) for i in range(-(-side // TILE) + 1))]
                      for side in (height, width))
     tiles = list(product(rows, columns))
     for (top, bottom), (left, right) in tqdm(tiles, "tiles", leave=False, disable=None, delay=2):
         y, x = max(0, top - OVERLAP), max(0, left - OVERLAP)
-        lr = to_tensor(pictures[:, y:bottom + OVERLAP, x:right + OVERLAP]).to(device)
-        tile = to_uint8(generator(lr.contiguous(memory_format=torch.channels_last)))
+        lr = (to_tensor(pictures[:, y:bottom + OVERLAP, x:right + OVERLAP]).to(device) - offset / 255) * gain
+        tile = to_uint8(generator(lr.contiguous(memory_format=torch.channels_last)) / gain + offset / 255)
         sr[:, top * scale:bottom * scale, left * scale:right * scale] = \
             tile[:, (top - y) * scale:(bottom - y) * scale, (left - x) * scale:(right - x) * scale]
     for picture, result in zip(pictures, sr):
@@ -451,7 +450,7 @@ def upscale(generator, pictures):
 def keep_tone(lr, sr):
     """Keep gray and sepia pictures so, in place: the networks, which know colours only, would tint lips and eyes. The
     result keeps its brightness, and what tells the colour of (H, W, 3) uint8 from its brightness comes from LR."""
-    sample = lr[::len(lr) // 32 + 1, ::len(lr[0]) // 32 + 1].reshape(-1, 3) / 255
+    sample = full_contrast(lr)[::len(lr) // 32 + 1, ::len(lr[0]) // 32 + 1].reshape(-1, 3) / 255
     gray = sample @ (0.299, 0.587, 0.114)
     curves, tints = np.vander(gray, 3), sample[:, ::2] - gray[:, None]
     if np.square(tints - curves @ np.linalg.lstsq(curves, tints)[0]).sum(1).mean() > TONED ** 2:
@@ -525,11 +524,9 @@ def upscale_pictures(generator, pictures, batch_size, tiny=None):
 
     for picture in pictures:
         shape = picture.lr.shape
-        if picture.sr is not None:
-            yield picture, picture.sr
-            continue
-        if picture.share < 1:
-            yield picture, upscale_reduced(generator, picture.lr, picture.share, tiny)
+        if picture.share < 1 or picture.sr is not None:
+            sr = picture.sr if picture.sr is not None else upscale_reduced(generator, picture.lr, picture.share, tiny)
+            yield picture, sr
             continue
         waiting.setdefault(shape, []).append(picture)
         if len(waiting[shape]) >= min(batch_size, max(1, TILE ** 2 // (shape[0] * shape[1]))):
@@ -669,9 +666,10 @@ def restore_surroundings(generator, photo, patch, canvas, factor, most):
     top, left = max(0, patch.top - reach), max(0, patch.left - reach)
     around = photo[top:patch.top + patch.side + reach, left:patch.left + patch.side + reach]
     place = canvas[top * factor:, left * factor:][:len(around) * factor, :len(around[0]) * factor]
+    measured = full_contrast(around)
     for share in [share for share in (given, 2 * given) if share < SOFT[4]]:
-        again = [resize(rescale(around, part), *around.shape[1::-1]) for part in (share, share / 2)]
-        losses = [rescale(np.square(cv2.absdiff(around, other).max(2), dtype=np.float32), share) for other in again]
+        again = [resize(rescale(measured, part), *around.shape[1::-1]) for part in (share, share / 2)]
+        losses = [rescale(np.square(cv2.absdiff(measured, other).max(2), dtype=np.float32), share) for other in again]
         losses = [cv2.GaussianBlur(loss, (0, 0), 1.5) for loss in losses]
         y, x, side, fade = (round(pixels * share) for pixels in (patch.top - top, patch.left - left, patch.side, reach))
         grain = np.percentile(losses[0][y:y + side, x:x + side], 10)
@@ -691,8 +689,9 @@ def enlarge_background(generator, picture):
     """Enlarge a photograph with the network, but by bicubic where all of it is as blurred as a face, and will be
     restored around it, or if the network makes worms of its grain."""
     share = max((len(patch.lr) / patch.side if patch.blurred else 1 for patch in picture.patches), default=1)
-    again = resize(rescale(picture.lr, share), *picture.lr.shape[1::-1])
-    if share < 1 and reduction_error(picture.lr, again) < max(SAME, reduction_error(picture.lr, again, 1)):
+    photo = full_contrast(picture.lr)
+    again = resize(rescale(photo, share), *photo.shape[1::-1])
+    if share < 1 and reduction_error(photo, again) < max(SAME, reduction_error(photo, again, 1)):
         return rescale(picture.lr, generator.scale)
     return upscale(generator, [picture.lr])[0]
 

@@ -453,14 +453,3 @@ def test_jpeg_is_pillows(tmp_path):
     theirs = np.array(Image.open(tmp_path / "a.jpg"))
     assert np.abs(jpeg(picture, 50).astype(int) - theirs).mean() < 1.5
     assert np.abs(theirs.astype(int) - picture).mean() > 4
-
-
-def test_a_full_memory_is_called_so(tmp_path, monkeypatch):
-    """By OpenCV's encoder, too; and no file is left."""
-    def full(*_):
-        raise cv2.error("Insufficient memory")
-
-    monkeypatch.setattr(cv2, "imencode", full)
-    with pytest.raises(MemoryError):
-        data_loader.write_picture(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
-    assert not list(tmp_path.iterdir())

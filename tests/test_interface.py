@@ -129,7 +129,7 @@ def test_the_download_is_what_the_command_writes(app, client, tmp_path):
     assert result.bicubic.shape == (40, 48, 4) and result.controls == [True, True]
     assert result.lr is None        # it is on the page already
     result = upscale(client, plain)
-    line = r"12 x 10 → 48 x 40 pixels; in \d\.\d\d s on the CPU; for a face of this size, try 8x"
+    line = r"12 x 10 → 48 x 40 pixels; in \d\.\d\d s on the CPU; for a face of this size, try 8x \(under More\)"
     assert re.fullmatch(line, result.line) and "try" not in upscale(client, save(tmp_path / "b.png", (26, 26))).line
 
 
@@ -379,7 +379,7 @@ def test_a_face_in_the_browser(app, page, faces, tmp_path):
     assert not np.array_equal(expected, command(app, tmp_path / "out", path))
     for _ in range(100):  # the knob is live: its result comes by itself
         with page.expect_download() as download:
-            page.get_by_text("Download the result").click()
+            page.get_by_role("button", name="Download", exact=True).click()
         result = np.array(Image.open(download.value.path()))
         if np.array_equal(result, expected):
             break

@@ -143,6 +143,17 @@ def test_a_restored_face_is_nearer_to_the_truth(portraits, generator):
     assert np.mean(gains) > 0.1
 
 
+@pytest.mark.parametrize("gain, offset", [(0.3, 150), (0.2, 10), (0.45, 100)])
+def test_a_faded_or_dark_photograph_is_restored_as_if_it_had_its_full_contrast(portraits, generator, gain, offset):
+    """Less contrast is no blur, and the networks know full contrast only."""
+    photo, _ = compose(portraits, [("hopper", 40, 0, 10, 10), ("astronaut", 60, 0, 100, 10), ("hopper", 80, 0, 200, 60)])
+    expected = restore(generator, photo)[0] * gain + offset
+    sr, patches = restore(generator, np.rint(photo * gain + offset).astype(np.uint8))
+    assert [patch.action for patch in patches] == ["restored"] * 3
+    assert not any(patch.blurred for patch in patches)
+    assert psnr(sr, expected) > 50      # given to the network as it is: 38 to 43
+
+
 def test_a_blurred_face_is_restored_and_a_sharp_one_left_alone(portraits, generator):
     """Also beside each other: what is sharp comes back as bicubic gives it, at 1x pixel for pixel, if nothing blurred
     is near."""
