@@ -10,7 +10,6 @@ Faces are read once, kept as bytes on the training device, and cut, flipped and 
 import argparse
 import contextlib
 import functools
-import io
 import os
 import re
 import sys
@@ -158,11 +157,9 @@ def write_picture(path, picture, extras={}):
     mark, segment = PngImagePlugin.PngInfo(), b"\xff\xef" + (2 + len(MARK)).to_bytes(2, "big") + MARK
     mark.add_text("Software", MARK.decode())
     options = dict(format="JPEG", quality=95, subsampling=0, extra=segment) if path.suffix == ".jpg" else dict(
-        format="PNG", compress_level=1, compress_type=3, pnginfo=mark)      # run lengths: fast, and no larger
-    with io.BytesIO() as buffer:        # saving into a file, Pillow hides why it cannot be written
-        Image.fromarray(picture).save(buffer, **options, **extras)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+        format="PNG", compress_level=1, compress_type=3, pnginfo=mark)      # run lengths: fast
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: Image.fromarray(picture).save(file, **options, **extras))
 
 
 def is_result(path):
@@ -504,10 +501,11 @@ def rescale(picture, factor):
 def contrast(picture):
     """Tell how to bring the levels of a faded or dark (H, W, 3) uint8 picture to the full range, as the networks know
     them: (offset, gain), where (picture - offset) * gain reaches from 0 to 255, but for its darkest and its brightest
-    hundredth; of others (0, 1)."""
+    hundredth; (0, 1) for others, also for those with a small bright or dark thing, which may be a face."""
     step = max(picture.shape) // 512 + 1
-    low, high = np.percentile(picture[::step, ::step], (1, 99))
-    return (low, 255 / max(high - low, 8)) if high - low < FADED else (0, 1)
+    low, lowest, highest, high = np.percentile(picture[::step, ::step], (1, 0.02, 99.98, 99))
+    faded = high - low < FADED and highest - lowest < 1.25 * FADED
+    return (low, 255 / max(high - low, 8)) if faded else (0, 1)
 
 
 def full_contrast(picture):

@@ -54,7 +54,7 @@ def read_pictures(args, files, scale, taken, failed):
             lr, hr = simulate(face, scale, args.kernel, args.damage)
             output = choose_output(Path(name), args.output, taken)
             yield Picture(output.stem, output, lr, hr=hr)
-    told = args.photo
+    told = [""]
     for path, relative in files:
         try:
             (lr, alpha), hr, sr = read_image(path), None, None
@@ -87,9 +87,12 @@ def read_pictures(args, files, scale, taken, failed):
                                 "--as-is enlarges all of it by the network, which takes a while")
             output = choose_output(relative, args.output, taken, photo_suffix(path, alpha) if args.photo else ".png")
             name = printable(output.relative_to(args.output).with_suffix(""))
-            if not told and max(height, width) > FACE_AT_MOST:      # before it takes its time; once is enough
-                tqdm.write(f"hint: {name} has more than {FACE_AT_MOST} pixels, taken for one face; --photo finds faces")
-                told = True
+            side = 0 if args.photo else max(height, width)
+            hint = f"more than {FACE_AT_MOST} pixels, taken for one face; --photo finds faces" if side > FACE_AT_MOST \
+                else f"less than {TINY} pixels; --scale 8 is better for that" if 0 < side < TINY and scale == 4 else ""
+            if hint not in told:        # before it takes its time; once is enough
+                told.append(hint)
+                tqdm.write(f"hint: {name} has {hint}")
             yield Picture(name, output, lr, alpha, hr, sr, 1 if given else shown_share(lr), extras=read_extras(path))
         except (DataError, OSError, MemoryError) as error:
             reason = str(error) or "not enough memory"
@@ -121,7 +124,7 @@ def main(args):
     lpips = load_lpips() if args.lpips else None
     args.output.mkdir(parents=True, exist_ok=True)
 
-    scores, sheet, faces, taken, done, finished, blurred, sides = {}, {}, [], set(), 0, 0, 0, []
+    scores, sheet, faces, taken, done, finished, blurred = {}, {}, [], set(), 0, 0, 0
     comparison, table = (choose_output(Path(name), args.output, taken, suffix) for name, suffix in (
         ("comparison", ".png"), ("faces" if args.photo else "metrics", ".csv")))
     pictures = read_pictures(args, files, generator.scale, taken, failed)
@@ -147,11 +150,10 @@ def main(args):
             continue
         done, finished, blurred = done + 1, finished + (picture.sr is not None), blurred + (picture.share < 1)
         if args.photo:
-            tqdm.write(f"{picture.name}: {photo_sentence(picture.patches)}")
+            tqdm.write(f"{picture.name}: {photo_sentence(picture, sr)}")
             faces += photo_table(picture)
         if line:
             scores[picture.name] = line
-        sides += [max(picture.lr.shape)] * bool(args.inputs and not args.photo)
         if show:
             sheet[picture.name] = rows
     try:
@@ -166,8 +168,6 @@ def main(args):
     except OSError as error:
         failed(f"{error.filename or args.output}: cannot be written ({error.strerror})")
         sheet = {}
-    if (number := sum(side < TINY for side in sides)) and generator.scale == 4:
-        print(f"hint: {number} of less than {TINY} pixels; for faces so small, --scale 8 is better")
     if args.hr and len(scores) < (number := len(find_images(args.hr))):
         print(f"hint: {len(scores)} of the {number} pictures in {args.hr} count in the means")
     deed = "scored as results of" if finished else "upscaled"
@@ -183,8 +183,7 @@ def main(args):
 LARGEST = 16_000_000        # of what the network gives, or of a photograph: more would take minutes on a CPU
 FACE_AT_MOST, SHARP_FROM = 64, 80       # pixels a side: what is larger is a photograph; what is smaller is not shrunk
 SCREEN = 2048               # pixels a side of what the slider shows
-FILES = 200                 # pictures at a time in the Folder tab
-WAITING = 32                # pictures of one address at a time
+FILES, WAITING = 200, 32    # pictures at a time in the Folder tab; pictures that one address may wait for
 KEPT = 10                   # minutes until an uploaded picture and its result are deleted
 
 INTRODUCTION = """# Face SRGAN
@@ -192,10 +191,9 @@ Give a small or blurred face, or a photograph with some, and see it sharp. **Wha
 of many faces that fit, no evidence of who somebody is. Never identify anyone by it."""
 EXAMPLE = "An example: an astronaut from {0} x {0} pixels. Give a picture of your own to see it here instead."
 DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
-WORDS = """
-- **Blurry enlargement**: the ordinary way to enlarge a picture (bicubic). It invents nothing.
-- **Strength**: 0 is the faithful network (SRResNet): soft, closest to the truth on average. 1 is the vivid one
-  (SRGAN): sharp, because it invents what faces usually look like. Between them, the two are mixed.
+WORDS = f"""
+- **Restored, sharp, small, kept**: what was done with a face of a photograph; all but the first are left alone. *Mostly
+  invented*: it shows so little (below {TINY} pixels) that another person may come out. *px*: the side of its frame.
 - **PSNR** (in decibels) and **SSIM** (1 at most): how near a result is to the truth; more is nearer. Sharp results
   often score lower than soft ones: people have to look, too."""
 LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"
@@ -215,10 +213,11 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 :is(#compare, .below):not(.fullscreen) .icon-button-wrapper {top: -28px} label:has(:disabled) {opacity: .45}
 #work {display: grid; gap: 16px; grid-template: auto auto 1fr / minmax(300px, 1fr) minmax(0, 2fr)}
 #show {grid-area: 1 / 2 / 4} #status {min-height: 3em} footer {display: none} #cancel:disabled {visibility: hidden}
-#compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: 450px !important}
+#compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: min(450px, 84vw) !important}
 #compare.fullscreen {height: 100% !important} #compare.fullscreen img {height: 96vh !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
 :is(#faces, #pairs) .grid-container button {aspect-ratio: 1.75; padding-bottom: 2em}
+#pairs .grid-container button {aspect-ratio: 1.5; padding-bottom: 3.6em}      /* file names take two lines */
 :is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: none !important}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
 @media (max-width: 700px) {
@@ -226,7 +225,7 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
     #status p {font-size: .85em} #knobs {order: 1} :is(#faces, #more) {order: 2} #rest {order: 3}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
     .caption-label {font-size: 10px !important} #photo {height: 140px !important; min-height: 0 !important}
-    #compare:not(.fullscreen) {height: calc(84vw + 28px) !important}}"""
+    #compare:not(.fullscreen) {height: calc(84vw + 30px) !important}}"""
 # What Gradio's slider, which knows the mouse alone, lacks; alternative texts.
 KEYS = """<script>
 document.addEventListener("keydown", event => {
@@ -343,7 +342,7 @@ class Workshop:
         """The enlargement that suits one face."""
         return 8 if max(lr.shape) < TINY and 8 in self.files else min(self.files)
 
-    def restore(self, job, picture, strength, photo, scale, background=None):
+    def restore(self, job, picture, strength, photo, scale, faces_only=False):
         """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces."""
         if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
             raise UsageError("Strength is a number from 0 to 1")
@@ -352,6 +351,7 @@ class Workshop:
             picture.share = shown_share(picture.lr) if picture.hr is None else 1
             return upscale_reduced(networks(strength, scale), picture.lr, picture.share, networks.tiny(strength))
         generator, others = networks(strength, min(self.files)), (networks.tiny(strength), networks.gentle(strength))
+        background = "bicubic" if faces_only else None
         [(_, sr)] = restore_photos(generator, [picture], self.args.batch_size, None, background, *others)
         return sr
 
@@ -385,7 +385,7 @@ class Workshop:
             raise UsageError(f"Enlargement is one of {', '.join(map(str, sorted(self.files)))}")
         picture = replace(self.read(path, folder / f"{path.stem}_x{scale}.png", scale, shrink, whole), marked=marked)
         photo = not whole and not shrink and bool(max(picture.lr.shape) > FACE_AT_MOST or marked)
-        sr = self.restore(job, picture, strength, photo, scale, "bicubic" if faces_only else None)
+        sr = self.restore(job, picture, strength, photo, scale, faces_only)
         factor = len(sr) // len(picture.lr)
         if photo:
             restored = any(patch.action == "restored" for patch in picture.patches)
@@ -393,7 +393,8 @@ class Workshop:
             picture.output = folder / f"{path.stem}_{what}{suffix}"
         write_result(picture, sr)
         bicubic, scores = rescale(picture.lr, factor), {} if picture.hr is None else compare(picture, sr, scale)[1]
-        invented = added_detail(self.restore(job, picture, 0, False, scale), sr) if added and not photo else None
+        faithful = added and self.restore(job, replace(picture), 0, photo, scale, faces_only)
+        invented = fit(added_detail(faithful, sr), SCREEN) if added else None
         pair = [picture.output, folder / "bicubic.png"]
         if max(sr.shape) <= SCREEN:
             write_result(replace(picture, output=pair[1]), bicubic)
@@ -403,7 +404,7 @@ class Workshop:
                 write_picture(file, fit(large, SCREEN))
         line = "{1} x {0} → {3} x {2} pixels".format(*picture.lr.shape[:2], *sr.shape[:2])
         if photo:
-            line += f"; {photo_sentence(picture.patches)} (missed one? See below)"
+            line += f"; {photo_sentence(picture, sr)} (missed one? See below)"
             line += "" if restored else "; nothing was changed" if factor == 1 else "; only enlarged"
         line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
@@ -436,7 +437,7 @@ class Workshop:
                     write_picture(picture.output, fit(pair, 1024))      # the gallery shows no more
                     pairs += [(str(picture.output), path.name), *captioned_pairs(picture, sr, path.name)]
                     faces += photo_table(picture)
-                    notes += [f"{path.name}: {photo_sentence(picture.patches)}"] * photo
+                    notes += [f"{path.name}: {photo_sentence(picture, sr)}"] * photo
                 except (DataError, OSError) as error:
                     notes.append(str(error))
             done = len(pack.namelist())
@@ -453,7 +454,8 @@ def build_app(workshop, study):
     gr.Image.preprocess = lambda self, payload: payload and payload.path
     gr.Slider.preprocess = lambda self, value: value        # any number may be typed
 
-    async def upscale_one(photo, strength, shrink, added, whole, scale, only, marks, found, when, request: gr.Request):
+    async def upscale_one(photo, strength, shrink, added, whole, scale, only, marks, found, when, looked,
+                          request: gr.Request):
         path, marked = Path(photo or examples.get(scale, "")), [mark for where, *mark in marks if where == photo]
         before = {} if str(path) in found else shown(None)      # the result of another picture goes at once
         try:
@@ -463,19 +465,19 @@ def build_app(workshop, study):
                     yield before | {cancel: gr.Button(interactive=bool(result))} | ({status: result} if result else {})
                     before = {}
                 else:
-                    yield shown(result) | ({} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
+                    yield shown(result, looked) | ({} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
         except (UsageError, DataError, CheckpointError, OSError, MemoryError) as error:
-            cleared = {} if isinstance(error, UsageError) else shown(None)
-            yield cleared | {status: f"**{error or 'Not enough memory for this picture'}**"}
+            yield ({} if isinstance(error, UsageError) else shown(None)) | {
+                status: f"**{error or 'Not enough memory for this picture'}**"}
 
-    def shown(result):
-        """What the page shows of a result of Workshop.enlarge, or of None."""
+    def shown(result, looked=0):
+        """What the page shows of a result of Workshop.enlarge, or of None; of a photograph, the face looked at."""
         absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
         result = result or SimpleNamespace(**absent, faces=[], found={}, line="")
+        pair = np.hsplit(result.faces[looked][0], 2) if 0 < looked < len(result.faces) else result.pair
         pictures = {pixels: result.lr, truth: result.hr, invented: result.invented}
         return {box: gr.Image(picture, visible=picture is not None) for box, picture in pictures.items()} | {
-                slider: result.pair, status: result.line, found: result.found,
-                added: gr.Checkbox(interactive=workshop.has_knob and not result.photo),
+                slider: pair and tuple(pair), status: result.line, found: result.found,
                 scale: gr.Radio(interactive=not result.photo),
                 faces: gr.Gallery(result.faces, visible=bool(result.faces)),
                 download: gr.DownloadButton(value=result.file, interactive=bool(result.file)),
@@ -512,7 +514,7 @@ def build_app(workshop, study):
 
     def look_at(made, event: gr.SelectData):
         face = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
-        return made if face is None else tuple(np.hsplit(face, 2))
+        return (made if face is None else tuple(np.hsplit(face, 2))), event.index
 
     def mark(wish, path, face, marks):
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
@@ -527,7 +529,7 @@ def build_app(workshop, study):
                     yield gr.skip(), gr.skip(), result
                 elif result:
                     pairs, archive, done, notes = result
-                    yield pairs, archive, "\n- ".join([f"{done} of {len(files)} enlarged.", *notes])
+                    yield pairs, archive, "\n- ".join([f"{done} of {len(files)} done.", *notes])
         except (DataError, CheckpointError, UsageError, OSError, MemoryError) as error:
             yield [], None, f"**{error or 'Not enough memory'}**"
 
@@ -577,11 +579,11 @@ def build_app(workshop, study):
                 with gr.Accordion("More", open=False):
                     scale = gr.Radio([(f"{scale}x", scale) for scale in sorted(workshop.files)], value=workshop.scale,
                                      label="Enlargement of one face", visible=len(workshop.files) > 1,
-                                     info="Chosen by its size: 8x, for 12 to 20 pixels, invents nearly all.")
+                                     info="Chosen by its size: 8x, for 12 to 23 pixels, invents nearly all.")
                     shrink = gr.Checkbox(label="This is already sharp: shrink it first",
                                          info="As one face. Then the truth is known, and shown beside the result.")
                     added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob,
-                                        info="The difference to the faithful result, around gray. Of one face only.")
+                                        info="The difference to the faithful result, around gray.")
                     whole = gr.Checkbox(label="Treat it as one face", info="Else, a large picture is a photograph.")
                     only = gr.Checkbox(label="Faces only", info="Of a photograph: the rest is only enlarged.")
             with gr.Column(elem_id="rest"):
@@ -589,12 +591,13 @@ def build_app(workshop, study):
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
-            marks, found, made, when = gr.State([]), gr.State(first.found), gr.State(), gr.Number(0, visible="hidden")
+            marks, found, made, looked = gr.State([]), gr.State(first.found), gr.State(), gr.State(0)
+            when = gr.Number(0, visible="hidden")
             clock = gr.Timer(20, active=False)
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             hidden = dict(api_visibility="private", **at_once)
-            settings = [photo, strength, shrink, added, whole, scale, only, marks, found, when]
-            boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, added, status]
+            settings = [photo, strength, shrink, added, whole, scale, only, marks, found, when, looked]
+            boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, status]
             gr.on([strength.change, shrink.input, added.input, whole.input, scale.input, only.input, marks.change],
                   upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, api_name="upscale", **at_once)
             given = photo.input(begin, photo, [shrink, whole, scale, status, download], **hidden)
@@ -602,8 +605,8 @@ def build_app(workshop, study):
                 settled.then(upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, **hidden)
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
-            photo.change(lambda: None, None, target, **hidden)
-            faces.select(look_at, made, slider, js=LOOK, **hidden)
+            photo.change(lambda: (None, 0), None, [target, looked], **hidden)
+            faces.select(look_at, made, [slider, looked], js=LOOK, **hidden)
             gr.on([photo.change, target.change, found.change], draw, [photo, target, found], view, **hidden)
             view.select(aim, [photo, share, found], [target, share], **hidden)
             share.input(set_size, [photo, target, share], target, **hidden)
@@ -645,7 +648,7 @@ def serve(args):
         except ImportError:
             raise UsageError("--ui needs Gradio: pip install -r requirements.txt") from None
         workshop = Workshop(args, Path(folder))
-        app = build_app(workshop, Study(workshop, args.study, args.ratings, args.seed) if args.study else None)
+        app = build_app(workshop, args.study and Study(workshop, args.study, args.output / "ratings.csv", args.seed))
         try:
             _, address, _ = app.launch(
                 server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True,
@@ -664,7 +667,6 @@ def serve(args):
                 time.sleep(60)
         except KeyboardInterrupt:       # SIGTERM too
             shutil.rmtree(folder, ignore_errors=True)
-            sys.stdout.flush()
             os._exit(130)               # a thread may be inside the network, which does not end gently
 
 
@@ -680,12 +682,12 @@ def parse_arguments(argv=None):
     truth.add_argument("--simulate", action="store_true", help="the inputs are HR: reduce them first")
     add("--kernel", default="bicubic", choices=list(KERNELS), help="how HR is reduced, or was, with --hr [%(default)s]")
     add("--damage", default="none", choices=list(DAMAGES), help="what else befalls it, or did, with --hr [%(default)s]")
-    add("--scale", type=int, choices=[4, 8], help="enlargement: 8 is for faces of 12 to 20 pixels [4]")
+    add("--scale", type=int, choices=[4, 8], help="enlargement: 8 is for faces of 12 to 23 pixels [4]")
     add("--checkpoint", type=Path, metavar="FILE", help="trained generator, of any scale [the shipped SRGAN]")
     add("--strength", type=float, default=1.0, help="from 0, faithful: the SRResNet that lies beside the checkpoint, "
         "to 1, vivid: the checkpoint itself [%(default)s]")
     add("--lpips", action="store_true", help="score LPIPS too, with --simulate or --hr; needs pip install lpips")
-    add("--as-is", action="store_true", help="give the network every picture as it is, also blurred and large ones")
+    add("--as-is", action="store_true", help="reduce no blurred picture first, and enlarge large ones too")
     add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
     add("--photo", action="store_true", help="the inputs are photographs: find and restore their faces")
     add("--enlarge", type=int, choices=[1, 2, 4], help="of a photograph [4 up to 1 megapixel, 2 up to 4, else 1]")
@@ -698,12 +700,10 @@ def parse_arguments(argv=None):
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in [%(default)s]")
     add("--port", type=int, help="port to listen on [the first free one from 7860 on]")
     add("--auth", metavar="NAME:PASSWORD", help="let in only who knows both")
-    add("--study", type=Path, metavar="DIR", help="HR faces for a blind study: people rate them and four enlargements")
-    add("--ratings", type=Path, metavar="CSV", help="file that the ratings are appended to [results/ratings.csv]")
+    add("--study", type=Path, metavar="DIR", help="HR faces for a blind study; ratings go to ratings.csv in --output")
     add("--seed", type=int, default=0, help="of the order in which a rater sees the pictures [%(default)s]")
     add("--study-report", type=Path, metavar="CSV", help="print the mean opinion scores of a study, and plot them")
     args = parser.parse_args(argv)
-    args.ratings = args.ratings or args.output / "ratings.csv"
     args.checkpoint = args.checkpoint or CHECKPOINT.with_name(f"srgan_x{args.scale or 4}.pth")
     for wrong, sentence in (
             (args.photo and (not args.inputs or args.hr or args.simulate or args.added),

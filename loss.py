@@ -15,9 +15,11 @@ import sys
 import tempfile
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -27,7 +29,7 @@ from torch.nn import functional as F
 
 from data_loader import (MARK, DataError, Face, choose_output, cut_face, find_images, is_result, printable, read_image,
                          rescale, resize, simulate, square_face, to_tensor, write_atomically)
-from model import CLEAR, TINY, CheckpointError, load_plain
+from model import CLEAR, TINY, CheckpointError, enlargement, load_plain
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
 # how many layers of torchvision's vgg19().features lead there.
@@ -134,6 +136,14 @@ def discriminator_loss(real_logits, fake_logits):
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
+class Term(NamedTuple):
+    """A term of the generator's loss."""
+    text: str           # what train.py --help calls it
+    weight: float       # unless its flag says another
+    both: bool          # in the loss of SRResNet too, or of SRGAN only
+    value: Callable     # of the GeneratorLoss, SR, HR and D's logits for SR; `Stage.train_step` has those for HR
+
+
 class GeneratorLoss(nn.Module):
     """The perceptual loss of equation 3: a weighted sum of TERMS, of those whose weight is not zero.
 
@@ -143,14 +153,15 @@ class GeneratorLoss(nn.Module):
         weights: by the names of TERMS.
     """
 
-    # A new term needs its line here: name: (what it is, its weight unless train.py is told another, whether it is in
-    # SRResNet's loss too, it). One that compares D(hr) with D(sr) needs real logits: `Stage.train_step` has them.
+    # A new term needs its line here, and gets its flag, --NAME-weight.
     TERMS = {
-        "pixel": ("mean squared error (equation 4)", 1.0, True, lambda self, sr, hr, logits: F.mse_loss(sr, hr)),
-        "vgg": ("relative VGG distance", 0.02, False, lambda self, sr, hr, logits: vgg_distance(self.features, sr, hr)),
-        "adversarial": ("adversarial loss", 3e-3, False, lambda self, sr, hr, logits: adversarial_loss(logits)),
-        "tv": ("total variation", 0.0, True, lambda self, sr, hr, logits: total_variation(sr)),
-        "lattice": ("regular pattern", 40.0, False, lambda self, sr, hr, logits: lattice_loss(sr, hr, self.period))}
+        "pixel": Term("mean squared error (equation 4)", 1.0, True, lambda loss, sr, hr, logits: F.mse_loss(sr, hr)),
+        "vgg": Term("relative VGG distance", 0.02, False,
+                    lambda loss, sr, hr, logits: vgg_distance(loss.features, sr, hr)),
+        "adversarial": Term("adversarial loss", 3e-3, False, lambda loss, sr, hr, logits: adversarial_loss(logits)),
+        "tv": Term("total variation", 0.0, True, lambda loss, sr, hr, logits: total_variation(sr)),
+        "lattice": Term("regular pattern", 40.0, False,
+                        lambda loss, sr, hr, logits: lattice_loss(sr, hr, loss.period))}
 
     def __init__(self, features=None, period=4, **weights):
         super().__init__()
@@ -159,7 +170,7 @@ class GeneratorLoss(nn.Module):
 
     def forward(self, sr, hr, fake_logits=None):
         """Return (the weighted sum, the unweighted terms by name)."""
-        terms = {name: self.TERMS[name][3](self, sr, hr, fake_logits) for name in self.weights}
+        terms = {name: self.TERMS[name].value(self, sr, hr, fake_logits) for name in self.weights}
         return sum(weight * terms[name] for name, weight in self.weights.items()), terms
 
 
@@ -399,14 +410,16 @@ def photo_rows(picture, sr):
     return [[{0: first, 2: result}.get(i), None, *row] for i, row in enumerate(rows)]      # over two columns
 
 
-def photo_sentence(patches):
-    """Say what was done with the faces of a photograph."""
+def photo_sentence(picture, sr):
+    """Say what was done with the faces of a photograph, and where they keep it small."""
+    patches, factor = picture.patches, len(sr) // len(picture.lr)
     numbers = Counter(patch.action for patch in patches)
     tiny = sum(patch.action == "restored" and len(patch.lr) < TINY for patch in patches)
     parts = [f"{numbers['restored']} restored" + f" ({tiny} of them mostly invented)" * bool(tiny)]
-    parts += [f"{numbers['sharp']} left as is (sharp already)"] * bool(numbers["sharp"])
-    parts += [f"{numbers['kept']} left as is (as asked)"] * bool(numbers["kept"])
-    parts += [f"{numbers['small']} too small"] * bool(numbers["small"])
+    words = {"sharp": "left as is (sharp already)", "kept": "left as is (as asked)", "small": "too small"}
+    parts += [f"{numbers[action]} {text}" for action, text in words.items() if numbers[action]]
+    if factor == enlargement(picture.lr, None, patches) < enlargement(picture.lr):
+        parts += [f"{f'enlarged {factor} times only' if factor > 1 else 'not enlarged'}, as they are blurred"]
     return f"{len(patches)} face{'s' * (len(patches) != 1)}, {', '.join(parts)}" if patches else "no face found"
 
 
@@ -492,7 +505,7 @@ def read_ratings(path):
         raise DataError(f"{path}: there is no such file; ratings are given in --ui --study FOLDER") from None
     header = ",".join(RATINGS).encode() + b"\n"
     if not content.startswith(header) and not header.startswith(content):
-        raise DataError(f"{path}: not a file of ratings; give another name with --ratings")
+        raise DataError(f"{path}: not a file of ratings; move it away, or give another --output")
     rows, lines = {}, 0
     try:
         text = content[:content.rfind(b"\n") + 1].decode()

@@ -133,10 +133,8 @@ def validate(generator, faces, device, features=None):
     Returns the mean scores of `generator` and of bicubic and, with VGG `features`, the relative VGG
     distance, by name; and rows for `plot_comparison` of the first four faces.
     """
-    pictures = []
-    for i, face in enumerate(faces.permute(0, 2, 3, 1).numpy()):
-        lr, hr = simulate(face, generator.scale)
-        pictures.append(Picture(f"{i}", None, lr, hr=hr))
+    pairs = (simulate(face, generator.scale) for face in faces.permute(0, 2, 3, 1).numpy())
+    pictures = [Picture(f"{i}", None, lr, hr=hr) for i, (lr, hr) in enumerate(pairs)]
     lines, sheet = [], []
     for picture, sr in upscale_pictures(generator, pictures, batch_size=16):
         row, line = compare(picture, sr, generator.scale)
@@ -274,8 +272,10 @@ class Stage:
         torch.manual_seed(args.seed)
         generator = Generator(args.scale, args.blocks, args.channels, not args.no_bicubic_residual)
         discriminator = Discriminator(args.channels)
-        pretrained = args.output / f"srresnet_x{args.scale}.pth"
-        start = pretrained if self.gan and pretrained.exists() and (args.pretrain_steps or not args.init) else args.init
+        # SRGAN goes on from the SRResNet in --output, unless there was no such stage and --init names another.
+        pretrained, start = args.output / f"srresnet_x{args.scale}.pth", args.init
+        if self.gan and pretrained.exists() and (args.pretrain_steps or not args.init):
+            start = pretrained
         self.pretraining = self.start_from(start, generator) if start else {}
         if args.fixed_batch_norm:
             if not start:
@@ -297,7 +297,7 @@ class Stage:
                 network, device_ids=[device] if device.type == "cuda" else None)
                 for network in (self.generator, self.discriminator))
         weights = {name: getattr(args, f"{name}_weight")
-                   for name, (_, _, both, _) in GeneratorLoss.TERMS.items() if both or self.gan}
+                   for name, term in GeneratorLoss.TERMS.items() if term.both or self.gan}
         if features is None:
             weights.pop("vgg", None)
         if not any(weights.values()):       # SRResNet, where only SRGAN does without the pixel loss
@@ -345,7 +345,7 @@ class Stage:
         if pretrained.architecture | {"scale": scale} != generator.architecture | {"scale": pretrained.scale}:
             raise TrainingError(f"{path} has the architecture {pretrained.architecture}, not "
                                 f"{generator.architecture}; give its flags, or another --init or --output")
-        weights, last = pretrained.state_dict(), len(pretrained.upsample) - 3       # of three layers a doubling
+        weights, last = pretrained.state_dict(), 3 * (pretrained.scale.bit_length() - 2)    # of three layers a doubling
         for name in generator.state_dict():
             part, _, rest = name.partition(".")
             if part == "upsample" and name not in weights:
@@ -361,7 +361,7 @@ class Stage:
         for optimizer in (self.g_optimizer, self.d_optimizer):
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
         if self.gan and self.step < self.args.discriminator_steps:
-            self.g_optimizer.param_groups[0]["lr"] = 0
+            self.g_optimizer.param_groups[0]["lr"] = 0      # meanwhile Adam's moments settle
         lr, hr = self.batches(self.step)
         if self.scaler.is_enabled():
             scale, statistics = self.scaler.get_scale(), [buffer.clone() for buffer in self.statistics]
@@ -442,7 +442,7 @@ class Stage:
 
         # SRResNet is chosen by PSNR. SRGAN is chosen by the VGG distance: PSNR would pick the
         # blurred mean of all likely faces. Without VGG its last averaged weights are kept.
-        quality = scores["psnr"] if not self.gan else -scores.get("vgg", -self.step)
+        quality = scores["psnr"] if not self.gan else -scores["vgg"] if "vgg" in scores else self.step
         if self.best is None or quality > self.best:
             if self.best is None:
                 set_aside(self.checkpoint)
@@ -665,9 +665,9 @@ def parse_arguments(argv=None):
     add("--lr", type=float, default=4e-4, help="learning rate of SRResNet (Adam; at the end a cosine) [%(default)s]")
     add("--gan-lr", type=float, default=1e-4, help="learning rate of SRGAN [%(default)s]")
     add("--discriminator-lr", type=float, metavar="LR", help="learning rate of the discriminator [that of --gan-lr]")
-    for name, (text, weight, both, _) in GeneratorLoss.TERMS.items():
-        add(f"--{name}-weight", type=float, default=weight, help=f"of the {text}, in the loss of "
-            f"{'both stages' if both else 'SRGAN'} [%(default)s]")
+    for name, term in GeneratorLoss.TERMS.items():
+        add(f"--{name}-weight", type=float, default=term.weight, help=f"of the {term.text}, in the loss of "
+            f"{'both stages' if term.both else 'SRGAN'} [%(default)s]")
     add("--vgg-layer", default="conv3_4", choices=list(VGG_LAYERS), help="features of the VGG distance [%(default)s]")
     add("--vgg-weights", metavar="FILE", help="VGG19 state dict (default: torchvision's, downloaded "
         "once; none: train without the VGG term)")
@@ -729,10 +729,8 @@ def run(argv=None):
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError:
         sys.exit(f"train.py: {CUDA_FULL}")
-    except MemoryError:
-        sys.exit("train.py: the memory is full; try a smaller --batch-size or fewer --channels")
     except Exception as error:      # compilers fail in a dozen ways, none of which has a base class of its own
-        if "can't allocate memory" in str(error):
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             sys.exit("train.py: the memory is full; try a smaller --batch-size or fewer --channels")
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch", "triton")):
             raise

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -83,7 +84,10 @@ class Textbook(nn.Module):
     def forward(self, lr):
         net = self.generator
         features = net.head(lr)
-        sr = net.tail(net.upsample(features + net.body(features)))
+        *layers, activation = net.upsample
+        features = nn.Sequential(*layers)(features + net.body(features))
+        features = activation(F.pixel_shuffle(features, 2))
+        sr = F.conv2d(features, net.tail.weight, net.tail.bias, padding=4)
         return sr + bicubic(lr, net.scale) if self.bicubic_residual else sr
 
 

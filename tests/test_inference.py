@@ -16,7 +16,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import inference
 import model
-from data_loader import find_images, is_result, read_image, rescale, simulate
+from data_loader import find_images, is_result, jpeg, read_image, rescale, simulate
 from inference import CHECKPOINT, upscale
 from loss import psnr, sample_faces
 from model import Generator, load_checkpoint, save_checkpoint
@@ -138,7 +138,7 @@ def test_hints_at_what_suits_the_pictures_better(run, tmp_path, capsys, faces):
     for side in (16, 32, 80):
         Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
     tiny, usual, large = (str(tmp_path / f"{side}.png") for side in (16, 32, 80))
-    for arguments, hints in (([tiny, usual, large], ["--photo", "--scale 8"]), ([usual], []),
+    for arguments, hints in (([tiny, usual, large], ["--scale 8", "--photo"]), ([usual], []),
                              ([tiny, "--scale", "8"], []), ([large, "--photo"], []), ([faces, "--simulate"], [])):
         eightfold = {"checkpoint": CHECKPOINT.with_name("srgan_x8.pth")} if "8" in arguments else {}
         assert run(*arguments, **eightfold) == 0
@@ -365,6 +365,12 @@ def test_gray_and_sepia_pictures_stay_so_and_coloured_ones_coloured(shipped):
     assert np.ptp(sr["gray"], axis=2).max() == 0
     tints = [picture[..., 0].astype(int) - picture[..., 2] for picture in (sr["sepia"], rescale(sepia, 4))]
     assert np.mean(tints[0] != tints[1]) < 0.02  # where black or white cuts it off
+    large = cv2.cvtColor(sample_faces()["grace_hopper"], cv2.COLOR_RGB2GRAY)[..., None] * (0.95, 0.8, 0.6) + 10
+    for faded in (large, large * 0.45 + 100):  # and after JPEG
+        faded = jpeg(np.rint(faded).astype(np.uint8), 80)
+        tints = [picture[..., 0].astype(int) - picture[..., 2] for picture in (upscale(shipped, [faded])[0],
+                                                                               rescale(faded, 4))]
+        assert np.mean(tints[0] != tints[1]) < 0.02
     for picture in sr.values():  # the brightness is the network's
         assert cv2.Laplacian(picture[..., 1].astype(float), -1).std() > 20
     before = sr["colour"].astype(np.uint8)

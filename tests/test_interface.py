@@ -108,15 +108,14 @@ def upscale(client, path, strength=1.0, shrink=False, added=False, whole=False, 
     """Call the Upscale tab: a namespace of pictures (None where there is none) and the line of text."""
     path = path and handle_file(path)
     settings = strength, shrink, added, whole, scale, only
-    *outputs, eightfold, invent, line = client.predict(path, *settings, api_name="/upscale")
+    *outputs, eightfold, line = client.predict(path, *settings, api_name="/upscale")
     gallery = outputs.pop(4).get("value") or []
     faces = [(np.array(Image.open(face["image"])), face["caption"]) for face in gallery]
     files = [part["value"] if isinstance(part, dict) and "value" in part else part for part in outputs]
     pair, *files = [None if isinstance(part, dict) else part for part in files]
     pictures = [path and np.array(Image.open(path)) for path in (*(pair or (None, None)), *files)]
     names = ("bicubic", "ours", "lr", "truth", "invented", "download")
-    controls = [update.get("interactive") for update in (eightfold, invent)]
-    return SimpleNamespace(line=line, faces=faces, controls=controls, **dict(zip(names, pictures)))
+    return SimpleNamespace(line=line, faces=faces, eightfold=eightfold.get("interactive"), **dict(zip(names, pictures)))
 
 
 def test_the_download_is_what_the_command_writes(app, client, tmp_path):
@@ -126,7 +125,7 @@ def test_the_download_is_what_the_command_writes(app, client, tmp_path):
         expected = command(app, tmp_path / "out", path, "--strength", strength)
         assert np.array_equal(result.download, expected) and np.array_equal(result.ours, expected)
         assert result.truth is None and result.invented is None
-    assert result.bicubic.shape == (40, 48, 4) and result.controls == [True, True]
+    assert result.bicubic.shape == (40, 48, 4) and result.eightfold
     assert result.lr is None        # it is on the page already
     result = upscale(client, plain)
     line = r"12 x 10 → 48 x 40 pixels; in \d\.\d\d s on the CPU; for a face of this size, try 8x \(under More\)"
@@ -174,7 +173,7 @@ def test_a_photograph_is_searched_for_faces(app, client, tmp_path):
     path = tmp_path / "astronaut.png"
     small.save(path)
     result = upscale(client, path)
-    assert "1 face, 1 restored" in result.line and result.controls == [False, False]
+    assert "1 face, 1 restored" in result.line and not result.eightfold
     assert np.array_equal(result.download, command(app, tmp_path / "out", path, "--photo"))
     assert [caption.split(":")[0] for _, caption in result.faces] == ["the photograph", "1"]
     assert result.faces[1][0].shape == (256, 512, 3) and "restored" in result.faces[1][1]
@@ -234,7 +233,7 @@ def test_files_of_the_machine_are_out_of_reach(app, client):
                            "folder": [[{"path": path}], 1.0]}.items():
             event = httpx.post(f"{app.url}gradio_api/call/{name}", json={"data": data}).json()["event_id"]
             answer = httpx.get(f"{app.url}gradio_api/call/{name}/{event}", timeout=20).text
-            assert "12 x 10" not in answer and "1 enlarged" not in answer, (name, path)
+            assert "12 x 10" not in answer and "1 done" not in answer, (name, path)
             assert "not a picture" not in answer and "denied" not in answer and "deleted by now" not in answer
 
 
@@ -268,7 +267,7 @@ def test_a_folder(app, client, tmp_path):
     pairs, archive, report = client.predict(files, 0.5, api_name="/folder")
     assert [pair["caption"] for pair in pairs] == ["0.png", "1.png", "2.png"]
     assert np.array(Image.open(pairs[0]["image"])).shape == (104, 240, 3)
-    assert report == "3 of 4 enlarged.\n- other.png: not a picture (PNG, JPEG, WEBP, BMP, TIFF, GIF; HEIC with pillow-heif), or damaged"
+    assert report == "3 of 4 done.\n- other.png: not a picture (PNG, JPEG, WEBP, BMP, TIFF, GIF; HEIC with pillow-heif), or damaged"
     with zipfile.ZipFile(archive) as pack:
         assert pack.namelist() == ["0.png", "1.png", "2.png"]
         for path in paths:
@@ -285,7 +284,7 @@ def test_a_folder_of_tiny_faces_and_a_photograph(app, client, tmp_path):
     Image.fromarray(skimage.data.astronaut()[:, 60:420]).resize((72, 102), Image.Resampling.LANCZOS).save(photo)
     files = [handle_file(path) for path in (tiny, photo, face)]
     pairs, archive, report = client.predict(files, 1, api_name="/folder")
-    assert "3 of 3 enlarged" in report and "astronaut.png: 1 face" in report
+    assert "3 of 3 done" in report and "astronaut.png: 1 face" in report
     captions = [pair["caption"] for pair in pairs]
     assert captions[:2] + captions[3:] == ["faces.png", "astronaut.png", "face.png"] and ", 1: " in captions[2]
     assert np.array(Image.open(pairs[3]["image"])).shape == (128, 256, 3)
@@ -436,7 +435,14 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     places = [(x, y) for y in range(53) for x in range(73)]
     found = min(places, key=lambda place: np.abs(wall[place[1]:place[1] + 18, place[0]:place[0] + 18] - face).sum())
     assert face.std() > 20 and np.abs(np.subtract(found, (63, 12))).max() <= 2, found
-    close = slider_picture(page)
+    close, shown = slider_picture(page), page.locator("#compare img").first.get_attribute("src")
+    page.get_by_role("slider", name="Strength").first.press("ArrowLeft")  # the face stays in view
+    for _ in range(100):
+        if page.locator("#compare img").first.get_attribute("src") != shown:
+            break
+        page.wait_for_timeout(100)
+    page.get_by_text("1: 18 px, mostly invented").wait_for()
+    assert np.array_equal(slider_picture(page), close)
     page.locator("#faces button").nth(0).click()
     assert np.array_equal(slider_picture(page, other_than=close), whole)
 
@@ -477,7 +483,7 @@ def test_a_phone_is_wide_enough(page):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
 
 
-def test_on_a_phone_the_result_is_in_the_first_screen_and_nothing_jumps(app, page, faces):
+def test_on_a_phone_the_result_is_in_the_first_screen_and_nothing_jumps(app, page, faces, tmp_path):
     phone = page.context.browser.new_page(viewport={"width": 390, "height": 844})
     phone.add_init_script("""window.shifts = 0; new PerformanceObserver(list => {
         for (const entry of list.getEntries()) window.shifts += entry.value}).observe({type: "layout-shift"})""")
@@ -489,6 +495,10 @@ def test_on_a_phone_the_result_is_in_the_first_screen_and_nothing_jumps(app, pag
     after = phone.locator("#compare").bounding_box()
     assert after == before and after["y"] + after["height"] <= 844
     assert phone.evaluate("window.shifts") < 0.1  # good, by web.dev/cls
+    phone.locator("#photo input[type=file]").set_input_files(save(tmp_path / "tall.png", (60, 120)))
+    phone.get_by_text("60 x 120 → 240 x 480 pixels").wait_for()
+    image = phone.locator("#compare img").first.bounding_box()
+    assert image["y"] >= after["y"] and image["y"] + image["height"] <= after["y"] + after["height"]
     for selector in ("#compare img", "#photo img"):
         assert all(image.get_attribute("alt") for image in phone.locator(selector).all())
     phone.close()
@@ -632,7 +642,8 @@ def app_flags(tiny_checkpoint):
 
 def test_mistakes_are_one_sentence_and_status_2(tmp_path, capsys, monkeypatch, faces):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "ratings.csv").write_text("a,b\n1,2\n")
     (tmp_path / "empty").mkdir()
     for call, word in {
         ("--study", faces): "--ui",
@@ -641,13 +652,13 @@ def test_mistakes_are_one_sentence_and_status_2(tmp_path, capsys, monkeypatch, f
         ("--ui", "--auth", "me"): "--auth",
         ("--ui", "--study", tmp_path / "absent"): "absent",
         ("--ui", "--study", tmp_path / "empty"): "empty",
-        ("--ui", "--study", faces, "--ratings", tmp_path / "mine.csv"): "mine.csv",
+        ("--output", tmp_path / "mine", "--ui", "--study", faces): "ratings.csv",
         ("--ui", "--checkpoint", tmp_path / "absent.pth"): "absent.pth",
     }.items():
-        assert inference.run([*map(str, call), "--device", "cpu", "--output", str(tmp_path)]) == 2, call
+        assert inference.run(["--output", str(tmp_path), *map(str, call), "--device", "cpu"]) == 2, call
         error = capsys.readouterr().err
         assert len(error.strip().splitlines()) == 1 and word in error, call
-    assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
+    assert (tmp_path / "mine" / "ratings.csv").read_text() == "a,b\n1,2\n"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

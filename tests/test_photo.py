@@ -143,6 +143,17 @@ def test_a_restored_face_is_nearer_to_the_truth(portraits, generator):
     assert np.mean(gains) > 0.1
 
 
+@pytest.mark.parametrize("dark, bright", [(0, 20), (200, 255)])
+def test_a_small_face_on_a_dark_or_bright_ground_is_found(portraits, dark, bright):
+    """It is no faded photograph, though nearly all of it has few levels."""
+    photo = np.random.default_rng(0).integers(dark, bright, (1000, 1000, 3), dtype=np.uint8)
+    picture, x, y, frame = portraits["astronaut"]
+    photo[500:579, 500:579] = resize(picture, 79)
+    [face] = find_faces(photo)
+    assert np.hypot(face.x - 500 - x * 60 / frame, face.y - 500 - y * 60 / frame) < 8
+    assert data_loader.contrast(photo) == (0, 1)
+
+
 @pytest.mark.parametrize("gain, offset", [(0.3, 150), (0.2, 10), (0.45, 100)])
 def test_a_faded_or_dark_photograph_is_restored_as_if_it_had_its_full_contrast(portraits, generator, gain, offset):
     """Less contrast is no blur, and the networks know full contrast only."""

@@ -16,6 +16,7 @@ from PIL import Image
 
 import data_loader
 import train
+from loss import Term
 from model import Discriminator, Generator, load_checkpoint, load_plain, save_checkpoint
 
 ROOT = Path(train.__file__).parent
@@ -282,7 +283,7 @@ def test_both_networks_learn_in_a_gan_step(stage):
 
 def test_a_loss_and_a_kernel_are_added_in_one_place_each(stage, monkeypatch):
     """The flag, its default and the stages follow from the entry; shares are weighed against each other."""
-    term = ("mean absolute error", 0.5, True, lambda self, sr, hr, logits: (sr - hr).abs().mean())
+    term = Term("mean absolute error", 0.5, True, lambda loss, sr, hr, logits: (sr - hr).abs().mean())
     monkeypatch.setitem(train.GeneratorLoss.TERMS, "absolute", term)
     monkeypatch.setitem(data_loader.KERNELS, "hamming", (Image.Resampling.HAMMING, 0.2))
     data_loader._degradation_tables.cache_clear()
