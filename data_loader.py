@@ -209,12 +209,10 @@ def choose_output(relative, output, taken, suffix=".png"):
 
 def split_files(train_dirs, val_dir=None):
     """List the training and the validation files of some folders; they never share a file.
-
     With `val_dir`, its pictures validate and all others train. Without, FFHQ's own tree (`.../00000/00000.png`,
     five-digit names in folders of a thousand) gets its official split: ids below 60000 train, the rest validate. In any
     other folder a checksum of the name chooses about one file in twenty, so that adding files never moves one. The
-    faces of TESTED, on which weights are compared, are left out of FFHQ's own tree.
-    """
+    faces of TESTED, on which weights are compared, are left out of FFHQ's own tree."""
     def in_ffhq(path):
         return re.fullmatch(r"(\d\d)000/\1\d{3}", f"{path.parent.name}/{path.stem}")
 
@@ -230,8 +228,7 @@ def split_files(train_dirs, val_dir=None):
         raise DataError(f"{' '.join(map(str, train_dirs))}: no pictures found; expected a folder of faces "
                         f"({', '.join(SUFFIXES)}), in subfolders or not")
     if val_dir is not None:
-        val = find_images(val_dir)
-        if not val:
+        if not (val := find_images(val_dir)):
             raise DataError(f"{val_dir}: no pictures found to validate on")
     else:
         val = [path for path in files.values() if validates(path)]
@@ -273,8 +270,7 @@ def load_faces(files, progress=True):
         return good
 
     # Chunks, and no more threads than processors: to pass the GIL on at every picture is slower than one thread alone.
-    chunks = [range(len(files))[i:i + 100] for i in range(0, len(files), 100)]
-    good = []
+    chunks, good = [range(len(files))[i:i + 100] for i in range(0, len(files), 100)], []
     with ThreadPoolExecutor(os.cpu_count()) as pool, \
             tqdm(None, "reading faces", len(files), unit="face", disable=not progress, leave=False) as bar:
         for chunk, decoded in zip(chunks, pool.map(decode, chunks)):
@@ -412,31 +408,42 @@ def reduction_error(picture, again, even=0.9):
     return errors.mean() - middle * (max(even * errors.mean(), SAME / 2) < middle < 100)
 
 
+def motion(square):
+    """Tell along which angle, in degrees, an (S, S, 3) uint8 crop is blurred by motion, or None: most detail that is
+    left lies across it (so of 1 % of sharp faces, and of nearly all of 128 pixels that are blurred by 6 and more)."""
+    middle = slice(len(square) // 4, -(len(square) // 4))
+    gray = cv2.cvtColor(square, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    slopes = [part[middle, middle].ravel() for part in np.gradient(gray - cv2.GaussianBlur(gray, (0, 0), 1))]
+    strengths, ways = np.linalg.eigh(np.cov(slopes))
+    return float(np.degrees(np.arctan2(*ways[:, 0]))) if strengths[0] < 0.25 * strengths[1] else None
+
+
 def working_size(square):
     """Say how much an (S, S, 3) uint8 crop of a face shows: 16, 24 or the smallest side, from 32 up to S, to which it
     can be reduced and enlarged again and still be the same. The same is a PSNR above 37 dB in the middle, or an error
     below 0.12 of what half that side would make, whatever the contrast (24: only below 0.04; 16, at 14: 0.08, or 0.2
     and 37 dB): chosen on 200 faces; how often it errs is in checkpoints/photographs.md. Grain does not count."""
-    if len(square) > 256:       # far above any limit
-        square = resize(square, 256)
-    square = full_contrast(square)
-    middle = slice(len(square) // 4, -(len(square) // 4))
+    square = full_contrast(resize(square, 256) if len(square) > 256 else square)    # 256: far above any limit
+    size, middle = len(square), slice(len(square) // 4, -(len(square) // 4))
+    angle = motion(square) if size > 16 else None
+    if angle is not None:       # measured along it
+        square = cut_face(square, Face(size / 2, size / 2, size, angle, 1), size)[0]
 
     def error(side, even=0.9):
-        again = resize(resize(square, side), len(square))
+        again = resize(resize(square, side, side if angle is None else size), size)
         return reduction_error(square[middle, middle], again[middle, middle], even)
 
-    finest = round(0.8 * len(square))       # above it, a blurred face has nothing but grain
-    if len(square) >= 60 and error(finest) < error(finest, 1):
+    finest = round(0.8 * size)       # above it, a blurred face has nothing but grain
+    if size >= 60 and error(finest) < error(finest, 1):
         error = functools.partial(error, even=0.8)
-    if len(square) > 16 and error(14) < max(0.08 * error(7), min(SAME, 0.2 * error(7))):
+    if size > 16 and error(14) < max(0.08 * error(7), min(SAME, 0.2 * error(7))):
         return 16
-    if len(square) > 25 and error(24, even=1) < 0.04 * error(12, even=1):
+    if size > 25 and error(24, even=1) < 0.04 * error(12, even=1):
         return 24
     for side in (32, 36, 40, 46, 52, 60, 70, 80, 96, 112, 128, 160, 192, 224):
-        if side < 0.95 * len(square) and (error(side) < SAME or error(side) < 0.12 * error(side // 2)):
+        if side < 0.95 * size and (error(side) < SAME or error(side) < 0.12 * error(side // 2)):
             return side
-    return len(square)
+    return size
 
 
 def cut_face(photo, face, size=FACE_SIZE):
@@ -481,8 +488,7 @@ def cut_faces(photos, output):
                 numbers[fate] += 1
         except (DataError, OSError) as error:
             problems.append(str(error))
-    for sentence in problems:
-        print(f"data_loader.py: {sentence}", file=sys.stderr)
+    print(*(f"data_loader.py: {sentence}\n" for sentence in problems), sep="", end="", file=sys.stderr)
     fates = ", ".join(f"{number} {fate}" for fate, number in numbers.items())
     print(f"{len(files)} photographs, {sum(numbers.values())} faces: {fates}")
     return 2 if not files else 1 if problems else 0
@@ -499,9 +505,9 @@ def rescale(picture, factor):
 
 
 def contrast(picture):
-    """Tell how to bring the levels of a faded or dark (H, W, 3) uint8 picture to the full range, as the networks know
-    them: (offset, gain), where (picture - offset) * gain reaches from 0 to 255, but for its darkest and its brightest
-    hundredth; (0, 1) for others, also for those with a small bright or dark thing, which may be a face."""
+    """Tell how to bring a faded or dark (H, W, 3) uint8 picture to the full range: (offset, gain), so that (picture -
+    offset) * gain goes from 0, of its darkest, to 255, of its brightest hundredth. Of others, and of those with a small
+    bright or dark thing, which may be a face: (0, 1)."""
     step = max(picture.shape) // 512 + 1
     low, lowest, highest, high = np.percentile(picture[::step, ::step], (1, 0.02, 99.98, 99))
     faded = high - low < FADED and highest - lowest < 1.25 * FADED
@@ -614,10 +620,8 @@ def _blur(levels, scale, which, sigmas):
 def degrade(hr, scale, rng, rank=0, world=1):
     """Make low-resolution pictures as the world does: a kernel per picture and, for every second one, each with
     its own chance, blur (as of a face out of focus, a scan, an enlarged picture), noise and JPEG.
-
     hr is (N, 3, sS, sS) in [0, 1], `rng` a numpy Generator; returns (N, 3, S, S), 8-bit levels. Where `world` processes
-    share a batch, hr holds its pictures rank, rank + world, ...: each process draws for all, and takes its own.
-    """
+    share a batch, hr holds its pictures rank, rank + world, ...: each process draws for all, and takes its own."""
     size, device, total = hr.shape[-1], hr.device, len(hr) * world
     small, mine = size // scale, slice(rank, None, world)
     shares = np.array([share for _, share in KERNELS.values()])
@@ -681,14 +685,12 @@ def jpeg(picture, quality):
 class FaceBatches:
     """Training batches as a function of the step, so that a resumed training sees what an uninterrupted one sees, and
     several processes share a batch without talking: process `rank` of `world` makes pictures rank, rank + world, ...
-
     Args:
         faces: (N, 3, 128, 128) uint8, on `device` or on the CPU.
         batch_size: pictures in the batch of all processes.
         patch_size: height and width of the HR patches, a multiple of the scale, at most 128.
         degradation: "bicubic" (patches as they are, and downscale alone) or "mixed" (zoomed, turned, and degrade).
-        device: where batches are made; default: where the faces are.
-    """
+        device: where batches are made; default: where the faces are."""
 
     def __init__(self, faces, batch_size=16, patch_size=64, scale=4, degradation="mixed", seed=0, rank=0, world=1,
                  device=None):

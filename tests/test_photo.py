@@ -143,6 +143,20 @@ def test_a_restored_face_is_nearer_to_the_truth(portraits, generator):
     assert np.mean(gains) > 0.1
 
 
+@pytest.mark.parametrize("way", [(4, 0), (3, 3), (3, -3)])
+def test_motion_blur_is_measured_along_its_way(portraits, way):
+    """Across it everything is sharp still."""
+    kernel = np.zeros((9, 9), np.float32)
+    cv2.line(kernel, (4 - way[0], 4 - way[1]), (4 + way[0], 4 + way[1]), 1.0)
+    for picture, x, y, side in portraits.values():
+        face = resize(picture[y - side // 2:y + side // 2, x - side // 2:x + side // 2], 128)
+        assert data_loader.motion(face) is None and working_size(face) > 80
+        blurred = cv2.filter2D(face, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REFLECT)
+        angle = data_loader.motion(blurred)
+        assert abs((angle - np.degrees(np.arctan2(*way[::-1])) + 90) % 180 - 90) < 10
+        assert working_size(blurred) <= 46      # measured both ways: 52 to 112
+
+
 @pytest.mark.parametrize("dark, bright", [(0, 20), (200, 255)])
 def test_a_small_face_on_a_dark_or_bright_ground_is_found(portraits, dark, bright):
     """It is no faded photograph, though nearly all of it has few levels."""
