@@ -435,14 +435,14 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     places = [(x, y) for y in range(53) for x in range(73)]
     found = min(places, key=lambda place: np.abs(wall[place[1]:place[1] + 18, place[0]:place[0] + 18] - face).sum())
     assert face.std() > 20 and np.abs(np.subtract(found, (63, 12))).max() <= 2, found
-    close, shown = slider_picture(page), page.locator("#compare img").first.get_attribute("src")
+    close, ours = slider_picture(page), page.locator("#compare img").nth(1)
+    shown = ours.get_attribute("src")
     page.get_by_role("slider", name="Strength").first.press("ArrowLeft")  # the face stays in view
     for _ in range(100):
-        if page.locator("#compare img").first.get_attribute("src") != shown:
+        if ours.get_attribute("src") != shown:
             break
         page.wait_for_timeout(100)
-    page.get_by_text("1: 18 px, mostly invented").wait_for()
-    assert np.array_equal(slider_picture(page), close)
+    assert ours.get_attribute("src") != shown and np.array_equal(slider_picture(page), close)
     page.locator("#faces button").nth(0).click()
     assert np.array_equal(slider_picture(page, other_than=close), whole)
 

@@ -168,15 +168,15 @@ def test_a_small_face_on_a_dark_or_bright_ground_is_found(portraits, dark, brigh
     assert data_loader.contrast(photo) == (0, 1)
 
 
-@pytest.mark.parametrize("gain, offset", [(0.3, 150), (0.2, 10), (0.45, 100)])
-def test_a_faded_or_dark_photograph_is_restored_as_if_it_had_its_full_contrast(portraits, generator, gain, offset):
+def test_a_faded_or_dark_photograph_is_restored_as_if_it_had_its_full_contrast(portraits, generator):
     """Less contrast is no blur, and the networks know full contrast only."""
-    photo, _ = compose(portraits, [("hopper", 40, 0, 10, 10), ("astronaut", 60, 0, 100, 10), ("hopper", 80, 0, 200, 60)])
-    expected = restore(generator, photo)[0] * gain + offset
-    sr, patches = restore(generator, np.rint(photo * gain + offset).astype(np.uint8))
-    assert [patch.action for patch in patches] == ["restored"] * 3
-    assert not any(patch.blurred for patch in patches)
-    assert psnr(sr, expected) > 50      # given to the network as it is: 38 to 43
+    photo, _ = compose(portraits, [("hopper", 40, 0, 10, 10), ("astronaut", 60, 0, 70, 10)], 160, 110)
+    full = restore(generator, photo)[0]
+    for gain, offset in ((0.2, 10), (0.45, 100)):
+        sr, patches = restore(generator, np.rint(photo * gain + offset).astype(np.uint8))
+        assert [patch.action for patch in patches] == ["restored"] * 2
+        assert not any(patch.blurred for patch in patches)
+        assert psnr(sr, full * gain + offset) > 50      # given to the network as it is: 41 and 43
 
 
 def test_a_blurred_face_is_restored_and_a_sharp_one_left_alone(portraits, generator):
