@@ -153,7 +153,7 @@ class SubpixelConv2d(nn.Conv2d):
 
     def forward(self, features):
         reach = self.kernel_size[0] // 2
-        if reach % 2 or self.padding[0] != reach:           # a kernel of other than 4k + 1
+        if self.kernel_size[0] % 4 != 1 or self.padding[0] != reach or self.bias is None:     # the usual way
             return super().forward(F.pixel_shuffle(features, 2))
         kernel = F.pad(self.weight, (1, 1, 1, 1))           # (outputs, C, 4k + 3, 4k + 3)
         size = kernel.shape[-1] - 1

@@ -120,7 +120,9 @@ def test_the_tail_on_the_small_grid_is_the_tail(scale):
     (lambda: nn.Sequential(nn.Conv2d(8, 128, 3, padding=1), nn.PixelShuffle(4), nn.PReLU(8)),
      lambda: nn.Sequential(nn.Conv2d(8, 3, 5, padding=2), nn.Tanh())),
     (lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(8, 32, 3, padding=1), nn.LeakyReLU(0.2)),
-     lambda: SubpixelConv2d(8, 3, 3, padding=1))])
+     lambda: SubpixelConv2d(8, 3, 3, padding=1)),
+    (lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(8, 32, 3, padding=1), nn.LeakyReLU(0.2)),
+     lambda: SubpixelConv2d(8, 3, 5, padding=2, bias=False))])
 def test_another_way_of_upsampling_needs_no_other_change(upsample, tail):
     torch.manual_seed(0)
     generator, lr = Generator(blocks=1, channels=8).eval(), torch.rand(2, 3, 5, 6)
@@ -128,7 +130,8 @@ def test_another_way_of_upsampling_needs_no_other_change(upsample, tail):
     features = generator.head(lr)
     features = generator.upsample(features + generator.body(features))
     if isinstance(generator.tail, SubpixelConv2d):
-        sr = F.conv2d(F.pixel_shuffle(features, 2), generator.tail.weight, generator.tail.bias, padding=1)
+        sr = F.conv2d(F.pixel_shuffle(features, 2), generator.tail.weight, generator.tail.bias,
+                      padding=generator.tail.padding)
     else:
         sr = generator.tail(features)
     for net in (generator, generator.for_inference()):
