@@ -52,8 +52,7 @@ def read_pictures(args, files, scale, taken, failed):
     if not args.inputs:
         for name, face in sample_faces().items():
             lr, hr = simulate(face, scale, args.kernel, args.damage)
-            output = choose_output(Path(name), args.output, taken)
-            yield Picture(output.stem, output, lr, hr=hr)
+            yield Picture(name, choose_output(Path(name), args.output, taken), lr, hr=hr)
     told = [""]
     for path, relative in files:
         try:
@@ -129,8 +128,7 @@ def main(args):
         ("comparison", ".png"), ("faces" if args.photo else "metrics", ".csv")))
     pictures = read_pictures(args, files, generator.scale, taken, failed)
     if args.photo:
-        results = restore_photos(generator, pictures, args.batch_size, args.enlarge, args.background,
-                                 networks.tiny(args.strength), networks.gentle(args.strength))
+        results = restore_photos(networks, pictures, args.batch_size, args.strength, args.enlarge, args.background)
     else:
         results = upscale_pictures(generator, pictures, args.batch_size, networks.tiny(args.strength))
     for picture, sr, writing in tqdm(write_results(results), "upscaling", len(files) or None, unit="picture",
@@ -192,10 +190,9 @@ of many faces that fit, no evidence of who somebody is. Never identify anyone by
 EXAMPLE = "An example: an astronaut from {0} x {0} pixels. Give a picture of your own to see it here instead."
 DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
 WORDS = f"""
-- **Restored, sharp, small, kept**: what was done with a face of a photograph; all but the first are left alone. *Mostly
-  invented*: it shows so little (below {TINY} pixels) that another person may come out. *px*: the side of its frame.
-- **PSNR** (in decibels) and **SSIM** (1 at most): how near a result is to the truth; more is nearer. Sharp results
-  often score lower than soft ones: people have to look, too."""
+- **Restored, sharp, small, kept**: what was done with a face; all but the first are left alone. *At 0.5*: its strength.
+  *Mostly invented*: it shows so little (below {TINY} pixels) that another person may come out. *px*: its frame's side.
+- **PSNR** (decibels), **SSIM** (at most 1): how near a result is to the truth. Sharp ones often have less."""
 LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"
 STAMP = "(...args) => (args[9] = Date.now(), args)"      # requests may overtake each other: the last wish counts
 PRIVACY = f"""Your pictures stay on the computer that runs this page, in a temporary folder, and are deleted after
@@ -207,7 +204,7 @@ STYLE = """
     --primary-600: #9a3412; --block-info-text-color: #52525b; --block-label-text-color: #3f3f46}
 .dark {--block-info-text-color: #a1a1aa; --block-label-text-color: #d4d4d8}
 main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility: hidden}   /* until it is whole */
-.or {color: inherit !important} .caption-label {white-space: normal !important} .pixels img {image-rendering: pixelated}
+.pixels img {image-rendering: pixelated} .caption-label {white-space: normal !important; max-width: 100% !important}
 :is(#photo, .below) img {width: 100% !important; height: 100% !important; object-fit: contain}
 :is(#photo, .below, #compare:not(.fullscreen)) {padding-top: 28px !important}    /* labels above, not upon, pictures */
 :is(#compare, .below):not(.fullscreen) .icon-button-wrapper {top: -28px} label:has(:disabled) {opacity: .45}
@@ -216,7 +213,7 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 #compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: min(450px, 84vw) !important}
 #compare.fullscreen {height: 100% !important} #compare.fullscreen img {height: 96vh !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
-:is(#faces, #pairs) .grid-container button {aspect-ratio: 1.75; padding-bottom: 2em}
+:is(#faces, #pairs) .grid-container button {aspect-ratio: 1.75; padding-bottom: 2em} .or {color: inherit !important}
 #pairs .grid-container button {aspect-ratio: 1.5; padding-bottom: 3.6em}      /* file names take two lines */
 :is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: none !important}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
@@ -338,10 +335,6 @@ class Workshop:
     def upscale(self, lr, strength):
         return upscale(self.at_work()(strength), [lr])[0]
 
-    def suited(self, lr):
-        """The enlargement that suits one face."""
-        return 8 if max(lr.shape) < TINY and 8 in self.files else min(self.files)
-
     def restore(self, job, picture, strength, photo, scale, faces_only=False):
         """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces."""
         if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
@@ -350,10 +343,8 @@ class Workshop:
         if not photo:
             picture.share = shown_share(picture.lr) if picture.hr is None else 1
             return upscale_reduced(networks(strength, scale), picture.lr, picture.share, networks.tiny(strength))
-        generator, others = networks(strength, min(self.files)), (networks.tiny(strength), networks.gentle(strength))
         background = "bicubic" if faces_only else None
-        [(_, sr)] = restore_photos(generator, [picture], self.args.batch_size, None, background, *others)
-        return sr
+        return next(restore_photos(networks, [picture], self.args.batch_size, strength, None, background))[1]
 
     def read(self, path, output, scale, shrink=False, whole=True):
         """Read an upload as a Picture; nothing else of this machine, whatever a request names. Raises DataError."""
@@ -381,8 +372,6 @@ class Workshop:
         """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, to fit a
         screen), LR, truth and what was invented, or None, a photograph's faces with captions, and a line about it."""
         started, folder = time.monotonic(), Path(tempfile.mkdtemp(dir=self.folder))
-        if scale not in self.files:
-            raise UsageError(f"Enlargement is one of {', '.join(map(str, sorted(self.files)))}")
         picture = replace(self.read(path, folder / f"{path.stem}_x{scale}.png", scale, shrink, whole), marked=marked)
         photo = not whole and not shrink and bool(max(picture.lr.shape) > FACE_AT_MOST or marked)
         sr = self.restore(job, picture, strength, photo, scale, faces_only)
@@ -393,30 +382,30 @@ class Workshop:
             picture.output = folder / f"{path.stem}_{what}{suffix}"
         write_result(picture, sr)
         bicubic, scores = rescale(picture.lr, factor), {} if picture.hr is None else compare(picture, sr, scale)[1]
-        faithful = added and self.restore(job, replace(picture), 0, photo, scale, faces_only)
+        plain = [(face, wish if isinstance(wish, str) else "restored") for face, wish in marked]
+        faithful = added and self.restore(job, replace(picture, marked=plain), 0, photo, scale, faces_only)
         invented = fit(added_detail(faithful, sr), SCREEN) if added else None
-        pair = [picture.output, folder / "bicubic.png"]
-        if max(sr.shape) <= SCREEN:
-            write_result(replace(picture, output=pair[1]), bicubic)
-        else:
-            pair[0] = folder / "screen.png"
-            for file, large in zip(pair, (sr, bicubic)):
-                write_picture(file, fit(large, SCREEN))
+        pair = [folder / "bicubic.png", picture.output]
+        if max(sr.shape) > SCREEN:
+            pair[1], picture.alpha = folder / "screen.png", None
+            write_result(replace(picture, output=pair[1]), fit(sr, SCREEN))
+        write_result(replace(picture, output=pair[0]), fit(bicubic, SCREEN))
         line = "{1} x {0} → {3} x {2} pixels".format(*picture.lr.shape[:2], *sr.shape[:2])
         if photo:
             line += f"; {photo_sentence(picture, sr)} (missed one? See below)"
             line += "" if restored else "; nothing was changed" if factor == 1 else "; only enlarged"
         line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
-        if not photo and factor != (suited := self.suited(picture.lr)):
+        if not photo and factor != (suited := self.networks.suited(max(picture.lr.shape))[1]):
             line += f"; for a face of this size, try {suited}x (under More)"
         if scores:
             line += ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), "
                      "SSIM {ssim:.3f} (bicubic {ssim_bicubic:.3f})").format(**scores)
         return SimpleNamespace(
-            file=str(picture.output), pair=(str(pair[1]), str(pair[0])), hr=picture.hr, photo=photo, invented=invented,
+            file=str(picture.output), pair=tuple(map(str, pair)), hr=picture.hr, photo=photo, invented=invented,
             lr=None if picture.hr is None else picture.lr, faces=captioned_pairs(picture, sr), line=line,
-            found={str(path): [patch.face for patch in picture.patches]})
+            found={str(path): [patch.face for patch in picture.patches]},
+            strengths=[patch.action == "restored" and patch.strength for patch in picture.patches])
 
     def enlarge_all(self, job, paths, strength):
         """Upscale many uploads, each as its size asks: (pairs bicubic | ours with their names, photographs followed by
@@ -430,7 +419,7 @@ class Workshop:
                     photo = max(picture.lr.shape) > FACE_AT_MOST
                     suffix = photo_suffix(path, picture.alpha) if photo else ".png"
                     picture.output = choose_output(Path(path.name), folder, taken, suffix)
-                    sr = self.restore(job, picture, strength, photo, self.suited(picture.lr))
+                    sr = self.restore(job, picture, strength, photo, self.networks.suited(max(picture.lr.shape))[1])
                     write_result(picture, sr)
                     pack.write(picture.output, picture.output.name)
                     pair = np.hstack([rescale(picture.lr, len(sr) // len(picture.lr)), sr])
@@ -473,7 +462,7 @@ def build_app(workshop, study):
     def shown(result, looked=0):
         """What the page shows of a result of Workshop.enlarge, or of None; of a photograph, the face looked at."""
         absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
-        result = result or SimpleNamespace(**absent, faces=[], found={}, line="")
+        result = result or SimpleNamespace(**absent, faces=[], found={}, line="", strengths=[])
         pair = np.hsplit(result.faces[looked][0], 2) if 0 < looked < len(result.faces) else result.pair
         pictures = {pixels: result.lr, truth: result.hr, invented: result.invented}
         return {box: gr.Image(picture, visible=picture is not None) for box, picture in pictures.items()} | {
@@ -481,7 +470,8 @@ def build_app(workshop, study):
                 scale: gr.Radio(interactive=not result.photo),
                 faces: gr.Gallery(result.faces, visible=bool(result.faces)),
                 download: gr.DownloadButton(value=result.file, interactive=bool(result.file)),
-                cancel: gr.Button(interactive=False), clock: gr.Timer(active=bool(result.file)), made: result.pair}
+                cancel: gr.Button(interactive=False), clock: gr.Timer(active=bool(result.file)), own: own_knob(
+                    result.strengths, looked), made: result.pair and (*result.pair, result.strengths)}
 
     def stop(request: gr.Request):
         return "Cancelled. Whatever you change starts again." if workshop.cancel(request.session_hash) else gr.skip()
@@ -509,15 +499,25 @@ def build_app(workshop, study):
 
     def begin(path):
         """The settings for a new picture: those of the one before may not fit it."""
-        suited = workshop.scale if (picture := opened(path)) is None else workshop.suited(picture)
+        picture = opened(path)
+        suited = workshop.scale if picture is None else workshop.networks.suited(max(picture.shape))[1]
         return False, False, suited, "Working …", gr.DownloadButton(interactive=False)
 
     def look_at(made, event: gr.SelectData):
         face = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
-        return (made if face is None else tuple(np.hsplit(face, 2))), event.index
+        return (made[:2] if face is None else tuple(np.hsplit(face, 2))), event.index, own_knob(made[2], event.index)
+
+    def own_knob(strengths, looked):
+        value = 0 < looked <= len(strengths) and strengths[looked - 1]
+        return gr.Slider(value=value or 0, visible=value is not False and workshop.has_knob)
 
     def mark(wish, path, face, marks):
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
+
+    def mark_strength(path, strength, found, looked, marks):
+        face, strength = found[path][looked - 1], min(1, max(0, strength or 0))
+        drawn = marks and marks[-1][:2] == (path, face) and not isinstance(marks[-1][2], str)      # one step of Undo
+        return [*marks[:len(marks) - bool(drawn)], (path, face, strength)]
 
     async def enlarge_all(files, strength, request: gr.Request):
         if not files or len(files) > FILES:
@@ -562,6 +562,7 @@ def build_app(workshop, study):
                 with gr.Row():
                     download = gr.DownloadButton("Download", first.file, variant="primary", min_width=160)
                     cancel = gr.Button("Cancel", interactive=False, scale=0, min_width=110, elem_id="cancel")
+                own = gr.Slider(0, 1, step=0.05, label="Strength of the clicked face alone", visible=False, buttons=[])
                 faces = gr.Gallery(label="Before and after: click one", visible=False, object_fit="contain", buttons=[],
                                    format="png", interactive=False, allow_preview=False, elem_id="faces")
                 with gr.Accordion("Change which faces are restored", open=False):
@@ -597,7 +598,7 @@ def build_app(workshop, study):
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             hidden = dict(api_visibility="private", **at_once)
             settings = [photo, strength, shrink, added, whole, scale, only, marks, found, when, looked]
-            boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, status]
+            boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, own, status]
             gr.on([strength.change, shrink.input, added.input, whole.input, scale.input, only.input, marks.change],
                   upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, api_name="upscale", **at_once)
             given = photo.input(begin, photo, [shrink, whole, scale, status, download], **hidden)
@@ -606,7 +607,8 @@ def build_app(workshop, study):
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
             photo.change(lambda: (None, 0), None, [target, looked], **hidden)
-            faces.select(look_at, made, [slider, looked], js=LOOK, **hidden)
+            faces.select(look_at, made, [slider, looked, own], js=LOOK, **hidden)
+            own.input(mark_strength, [photo, own, found, looked, marks], marks, trigger_mode="always_last", **hidden)
             gr.on([photo.change, target.change, found.change], draw, [photo, target, found], view, **hidden)
             view.select(aim, [photo, share, found], [target, share], **hidden)
             share.input(set_size, [photo, target, share], target, **hidden)
@@ -684,8 +686,7 @@ def parse_arguments(argv=None):
     add("--damage", default="none", choices=list(DAMAGES), help="what else befalls it, or did, with --hr [%(default)s]")
     add("--scale", type=int, choices=[4, 8], help="enlargement: 8 is for faces of 12 to 23 pixels [4]")
     add("--checkpoint", type=Path, metavar="FILE", help="trained generator, of any scale [the shipped SRGAN]")
-    add("--strength", type=float, default=1.0, help="from 0, faithful: the SRResNet that lies beside the checkpoint, "
-        "to 1, vivid: the checkpoint itself [%(default)s]")
+    add("--strength", type=float, default=1.0, help="0: faithful, the SRResNet beside the checkpoint; 1: vivid [1]")
     add("--lpips", action="store_true", help="score LPIPS too, with --simulate or --hr; needs pip install lpips")
     add("--as-is", action="store_true", help="reduce no blurred picture first, and enlarge large ones too")
     add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
@@ -715,8 +716,7 @@ def parse_arguments(argv=None):
             (args.added and not args.strength, "--added shows the difference to --strength 0: leave that out"),
             (args.lpips and args.inputs and not args.simulate and not args.hr, "--lpips needs --simulate or --hr"),
             (args.study and not args.ui, "--study needs --ui"),
-            (args.ui and (args.inputs or args.hr or args.simulate),
-             "--ui takes its pictures in the browser: leave out INPUT, --hr and --simulate"),
+            (args.ui and (args.inputs or args.hr or args.simulate), "--ui goes without INPUT, --hr and --simulate"),
             (args.auth is not None and not all(args.auth.partition(":")), "--auth is NAME:PASSWORD"),
             (args.port is not None and not 1 <= args.port <= 65535, "--port must be from 1 to 65535"),
             (not 0 <= args.seed <= 2**32, f"--seed must be from 0 to {2**32}"),

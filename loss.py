@@ -388,7 +388,8 @@ def captioned_pairs(picture, sr, name=""):
     """List a photograph's faces: (before and after side by side, (256, 512, 3) uint8, caption), and before them
     the photograph with their numbers; in a folder, where `name` is the file's, only before several."""
     name = name and f"{shortened(name, 24)}, "
-    pairs = [(np.hstack(pair), f"{name}{number}: {patch.side} px, {outcome(patch)}")
+    pairs = [(np.hstack(pair), f"{name}{number}: {patch.side} px, {outcome(patch)}"
+              + (f" at {patch.strength:g}" if patch.action == "restored" and patch.strength < 1 else ""))
              for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
     overview = aimed(picture.lr, None, [patch.face for patch in picture.patches])
     return [(overview, f"{name}the photograph")] * (len(pairs) > bool(name)) + pairs

@@ -16,7 +16,7 @@ import io
 import os
 import re
 import zipfile
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
@@ -320,9 +320,10 @@ class Networks:
         """A function that gives the generator for faces below TINY pixels, or None."""
         return functools.partial(self, strength, 8) if 8 in self.files else None
 
-    def gentle(self, strength):
-        """A function that gives the generator for faces from CLEAR pixels on and for backgrounds, or None."""
-        return functools.partial(self, strength / 2, min(self.files)) if self.has_knob else None
+    def suited(self, side, strength=1):
+        """The strength and the scale that suit a face of `side` pixels."""
+        scale = 8 if side < TINY and 8 in self.files else min(self.files)
+        return strength / (2 if side >= CLEAR and self.has_knob else 1), scale
 
 
 def siblings(checkpoint):
@@ -416,7 +417,7 @@ class Picture:
     share: float = 1                    # of its pixels a side that show anything: less of a face that is blurred
     found: list = field(default_factory=list)       # of a photograph, its Faces, if they are known already
     patches: list = field(default_factory=list)     # what becomes of them
-    marked: list = field(default_factory=list)      # (Face, "restored" or "kept") that somebody has pointed at
+    marked: list = field(default_factory=list)      # (Face, wish) that somebody has pointed at: see `make_patches`
     extras: dict = field(default_factory=dict)      # its colour profile and EXIF data
 
 
@@ -579,6 +580,7 @@ class Patch:
     lr: np.ndarray                      # upright, of the size that the network is given
     turn: float                         # degrees by which that took to turn it counterclockwise
     blurred: bool                       # and so restored
+    strength: float | None              # at which it is restored; until then, only one of its own
     sr: np.ndarray | None = None
     share = 1                           # as of a Picture: lr is reduced already
 
@@ -599,10 +601,11 @@ def blockiness(photo):
 def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
     """Decide what to do with each of the Faces `found` in an (H, W, 3) uint8 photograph, if the result is `factor`
     times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. What is
-    `marked`, (Face, "restored" or "kept"), replaces what was found with its middle in that frame, and keeps its turn.
-    A face whose pixels hold what they can goes through the network as it is, a blurred one, or one that a JPEG has
-    coarsened, is reduced first to what it shows. Sharp, it is turned by quarters, which loses nothing, blurred until it
-    is upright: the network knows tilts up to 30 degrees, but of blurred faces it makes grimaces there."""
+    `marked`, (Face, "restored", "kept", or at what strength to restore it), replaces what was found with its middle in
+    that frame, and keeps its turn. A face whose pixels hold what they can goes through the network as it is, a blurred
+    one, or one that a JPEG has coarsened, is reduced first to what it shows. Sharp, it is turned by quarters, which
+    loses nothing, blurred until it is upright: the network knows tilts up to 30 degrees, but of blurred faces it makes
+    grimaces there."""
     patches, faces = [], [(face, None) for face in found]
     for face, wish in marked:
         meant = [max(abs(other.x - face.x), abs(other.y - face.y)) < face.size / 2 for other, _ in faces]
@@ -616,6 +619,7 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
         turn = 90 * round(face.angle / 90)
         lr = np.rot90(photo[top:top + side, left:left + side], turn // 90)
         size = working_size(lr)
+        strength, wish = (None, wish) if isinstance(wish, str | None) else (wish, "restored")
         blurred = size < SOFT[factor] * side
         given = max(size, smallest) if blurred else side
         part = 0.85 if size < side / 2 else 1       # of large blurred ones, the last pixels would blacken folds
@@ -629,7 +633,8 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
                 lr, turn = cut_face(photo, replace(face, size=side), given)[0], face.angle
             elif given < side:
                 lr = resize(lr, given)
-        patches.append(Patch(face, top, left, side, size, action, lr, turn, blurred and action == "restored"))
+        blurred = blurred and action == "restored"
+        patches.append(Patch(face, top, left, side, size, action, lr, turn, blurred, strength))
     return patches
 
 
@@ -698,33 +703,33 @@ def enlargement(photo, factor=None, patches=()):
     return factor or next(n for n in (4, 2, 1) if photo[..., 0].size <= 16e6 / n ** 2 and n <= most or n == 1)
 
 
-def restore_photos(generator, photos, batch_size, factor=None, background=None, tiny=None, gentle=None):
+def restore_photos(networks, photos, batch_size, strength=1, factor=None, background=None):
     """Yield (picture, sr) for each Picture of a photograph, in order; sr (NH, NW, 3) uint8, picture.patches its faces.
-    `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
-    rest is enlarged: by default with the network, where that is quick and no face is too sharp for it. `tiny` and
-    `gentle`, functions of Networks, give the generator for faces below TINY, and from CLEAR pixels on and the rest."""
+    `networks` is a Networks; `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or
+    "bicubic", is how the rest is enlarged: by default with the network, where that is quick and no face is too sharp
+    for it."""
     def restore(group):
-        patches = [patch for _, _, faces in group for patch in faces if patch.action == "restored"]
-        chosen = {}
-        for patch in patches:
+        chosen = defaultdict(list)
+        for patch in (patch for _, _, faces in group for patch in faces if patch.action == "restored"):
+            patch.strength = own = strength if patch.strength is None else patch.strength
             if patch.blurred and len(patch.lr) < CLEAR:
-                patch.lr, patch.sr = upscale_blurred(generator, patch.lr, tiny)
+                usual = networks(*networks.suited(TINY, own))
+                patch.lr, patch.sr = upscale_blurred(usual, patch.lr, networks.tiny(own))
             else:
-                network = tiny if len(patch.lr) < TINY else gentle if len(patch.lr) >= CLEAR else None
-                chosen.setdefault(network, []).append(patch)
-        for network, alike in chosen.items():
-            for patch, patch.sr in upscale_pictures(network() if network else generator, alike, batch_size):
+                chosen[networks.suited(len(patch.lr), own)].append(patch)
+        for which, alike in chosen.items():
+            for patch, patch.sr in upscale_pictures(networks(*which), alike, batch_size):
                 pass
         for picture, number, picture.patches in group:
             sharp = any(patch.action in LEFT for patch in picture.patches)
             way = background or ("network" if picture.lr[..., 0].size <= 5e5 and not sharp else "bicubic")
-            painted = way == "network" and number == generator.scale
-            mild = gentle if gentle and picture.patches else lambda: generator      # else of edges it makes scribbles
-            canvas = enlarge_background(mild(), picture) if painted else rescale(picture.lr, number)
+            mild = networks(*networks.suited(CLEAR if picture.patches else TINY, strength))    # no scribbles of edges
+            painted = way == "network" and number == mild.scale
+            canvas = enlarge_background(mild, picture) if painted else rescale(picture.lr, number)
             blurred = [patch for patch in picture.patches if patch.blurred and background != "bicubic"]
             most = 0 if sharp else AROUND / max(1, len(blurred)) ** 0.5     # beside sharp faces, blur may be meant
             for patch in blurred:
-                restore_surroundings(mild(), picture.lr, patch, canvas, number, most)
+                restore_surroundings(mild, picture.lr, patch, canvas, number, most)
             for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
                 if (painted or blurred) and patch.action in LEFT:
                     patch.sr = rescale(patch.lr, number)
@@ -735,8 +740,8 @@ def restore_photos(generator, photos, batch_size, factor=None, background=None, 
     group, pixels = [], 0
     for picture in photos:
         picture.found[:] = picture.found or find_faces(picture.lr)
-        faces = make_patches(picture.lr, picture.found, enlargement(picture.lr, factor), SMALLEST[8 if tiny else 4],
-                             picture.marked)
+        smallest = SMALLEST[8 if 8 in networks.files else 4]
+        faces = make_patches(picture.lr, picture.found, enlargement(picture.lr, factor), smallest, picture.marked)
         group.append((picture, enlargement(picture.lr, factor, faces), faces))
         pixels += picture.lr.shape[0] * picture.lr.shape[1]
         if pixels > 4e6 or sum(len(patches) for _, _, patches in group) >= batch_size:

@@ -108,7 +108,7 @@ def upscale(client, path, strength=1.0, shrink=False, added=False, whole=False, 
     """Call the Upscale tab: a namespace of pictures (None where there is none) and the line of text."""
     path = path and handle_file(path)
     settings = strength, shrink, added, whole, scale, only
-    *outputs, eightfold, line = client.predict(path, *settings, api_name="/upscale")
+    *outputs, eightfold, own, line = client.predict(path, *settings, api_name="/upscale")
     gallery = outputs.pop(4).get("value") or []
     faces = [(np.array(Image.open(face["image"])), face["caption"]) for face in gallery]
     files = [part["value"] if isinstance(part, dict) and "value" in part else part for part in outputs]
@@ -437,14 +437,20 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     assert face.std() > 20 and np.abs(np.subtract(found, (63, 12))).max() <= 2, found
     close, ours = slider_picture(page), page.locator("#compare img").nth(1)
     shown = ours.get_attribute("src")
-    page.get_by_role("slider", name="Strength").first.press("ArrowLeft")  # the face stays in view
+    page.locator("#knobs").get_by_role("slider", name="Strength").press("ArrowLeft")  # the face stays in view
     for _ in range(100):
         if ours.get_attribute("src") != shown:
             break
         page.wait_for_timeout(100)
     assert ours.get_attribute("src") != shown and np.array_equal(slider_picture(page), close)
+    page.get_by_text("1: 18 px, mostly invented at 0.85").wait_for()
+    page.get_by_role("slider", name="of the clicked face").press("ArrowLeft")  # and has a knob of its own
+    page.get_by_text("1: 18 px, mostly invented at 0.8", exact=True).wait_for()
+    page.get_by_text("Undo", exact=True).click()
+    page.get_by_text("1: 18 px, mostly invented at 0.85").wait_for()
     page.locator("#faces button").nth(0).click()
     assert np.array_equal(slider_picture(page, other_than=close), whole)
+    assert not page.get_by_role("slider", name="of the clicked face").is_visible()
 
 
 def test_ten_ratings_by_keyboard(app, page):

@@ -55,9 +55,17 @@ def compose(portraits, places, width=360, height=240):
     return photo, truth
 
 
-def restore(generator, photo, **options):
-    picture = Picture("photo", None, photo)
-    [(_, sr)] = restore_photos(generator, [picture], 16, **options)
+class Only(model.Networks):
+    """A generator for all faces, and others by (strength, scale)."""
+
+    def __init__(self, generator, others={}):
+        self.files, self.has_knob = dict.fromkeys((4, *(scale for _, scale in others))), (0.5, 4) in others
+        self.load = lambda strength, scale: others.get((strength, scale), generator)
+
+
+def restore(generator, photo, others={}, marked=(), **options):
+    picture = Picture("photo", None, photo, marked=marked)
+    [(_, sr)] = restore_photos(Only(generator, others), [picture], 16, **options)
     return sr, picture.patches
 
 
@@ -226,7 +234,7 @@ def test_of_a_very_blurred_face_the_eightfold_network_makes_a_face(portraits, ge
     photo, [(x, y, side, _)] = compose(portraits, [("hopper", 110, 0, 20, 20)], 180, 180)
     for sigma, size in ((0.01, None), (0.02, 32), (0.045, 16)):
         blurred = cv2.GaussianBlur(photo, (0, 0), sigma * side)
-        results = [restore(generator, blurred, factor=1, tiny=network and (lambda: network)) for network in (None, tiny)]
+        results = [restore(generator, blurred, others, factor=1) for others in ({}, {(1, 8): tiny})]
         [patch] = results[1][1]
         assert patch.working_size == (size or patch.working_size) and (patch.working_size > 32) == (size is None)
     eyes = np.s_[int(y - 0.15 * side):int(y + 0.1 * side), int(x - 0.25 * side):int(x + 0.25 * side)]
@@ -335,7 +343,8 @@ def test_faces_of_several_photographs_share_a_batch(portraits, generator):
     batches = []
     generator = load_checkpoint(CHECKPOINT)[0].for_inference()
     generator.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
-    together = list(restore_photos(generator, [Picture("", None, photo) for photo in photos], 16, 4, "bicubic"))
+    pictures = [Picture("", None, photo) for photo in photos]
+    together = list(restore_photos(Only(generator), pictures, 16, factor=4, background="bicubic"))
     sides = [patch.side for picture, _ in together for patch in picture.patches]
     assert len(sides) == 4 and len(batches) == len(set(sides)) and sum(batches) == 4
     for (_, sr), photo in zip(together, photos):
@@ -354,7 +363,7 @@ def test_tiny_and_clear_faces_go_through_other_networks(portraits, generator):
     sr, patches = restore(generator, photo, background="bicubic")
     assert [patch.action for patch in patches] == ["small"] + ["restored"] * 3
     tiny, clear = networks
-    better, patches = restore(generator, photo, background="bicubic", tiny=lambda: tiny, gentle=lambda: clear)
+    better, patches = restore(generator, photo, {(1, 8): tiny, (0.5, 4): clear}, background="bicubic")
     assert [patch.action for patch in patches] == ["restored"] * 4
     assert sorted(seen["srgan_x8"]) == [patch.side for patch in patches[:2]] and 30 <= patches[2].side < CLEAR
     assert seen["srresnet_x4"] == [patches[3].side]
@@ -362,6 +371,28 @@ def test_tiny_and_clear_faces_go_through_other_networks(portraits, generator):
     usual = np.s_[:, 4 * patches[2].left:4 * (patches[2].left + patches[2].side)]
     assert np.array_equal(better[usual], sr[usual]) and (better != sr).any((0, 2))[:4 * patches[2].left].any()
     assert (better != sr).any((0, 2))[4 * patches[3].left:].any()
+
+
+def test_a_face_has_a_strength_of_its_own(portraits):
+    """The others keep theirs; what is asked for a face replaces what was asked before."""
+    photo, _ = compose(portraits, [("hopper", 40, 0, 10, 10), ("astronaut", 36, 0, 80, 10)], 150, 70)
+    networks = model.Networks(CHECKPOINT)
+
+    def restored(strength, *marked):
+        picture = Picture("", None, photo, marked=marked)
+        [(_, sr)] = restore_photos(networks, [picture], 16, strength, 4, "bicubic")
+        return sr, [patch.strength for patch in picture.patches], [patch.face for patch in picture.patches]
+
+    vivid, strengths, [_, face] = restored(1)
+    faithful, mixed = restored(0)[0], restored(1, (face, 0.5), (face, 0))
+    assert strengths == [1, 1] and mixed[1:] == ([1, 0], restored(1)[2])
+    assert np.array_equal(mixed[0][:, :300], vivid[:, :300]) and np.array_equal(mixed[0][:, 300:], faithful[:, 300:])
+    assert (vivid[:, 300:] != faithful[:, 300:]).any() and (vivid[:, :300] != faithful[:, :300]).any()
+    assert loss.captioned_pairs(Picture("", None, photo), vivid) == []
+    picture = Picture("", None, photo, marked=[(face, 0.25)])
+    [(_, sr)] = restore_photos(networks, [picture], 16)
+    captions = [caption for _, caption in loss.captioned_pairs(picture, sr)][1:]
+    assert captions[0].endswith("px, restored") and captions[1].endswith("px, restored at 0.25")
 
 
 def test_a_click_means_the_face_that_was_found_there(portraits):
@@ -388,9 +419,9 @@ def test_a_face_that_somebody_points_at_is_restored_too(portraits, generator):
     better = data_loader.Face(x + 3, y - 2, 44, 0, 1)
 
     def faces(*marked):
-        picture = Picture("", None, photo, marked=[(face, "restored") for face in marked])
-        [(_, sr)] = restore_photos(generator, [picture], 16, 4, "bicubic")
-        return sr, [patch.face for patch in picture.patches]
+        marked = [(face, "restored") for face in marked]
+        sr, patches = restore(generator, photo, marked=marked, factor=4, background="bicubic")
+        return sr, [patch.face for patch in patches]
 
     sr, [found] = faces()
     also, both = faces(wall)
@@ -405,9 +436,7 @@ def test_a_face_that_somebody_points_at_is_restored_too(portraits, generator):
     sharp, [(x, y, side, _)] = compose(portraits, [("hopper", 130, 0, 20, 20)], 240, 220)
     for wish, action, size in ((None, "sharp", 130), ("restored", "restored", 96), ("kept", "kept", 130)):
         marked = [(data_loader.Face(x, y, side, 0, 1), wish)] if wish else []
-        picture = Picture("", None, sharp, marked=marked)
-        [(_, result)] = restore_photos(generator, [picture], 16, 2)
-        [patch] = picture.patches
+        result, [patch] = restore(generator, sharp, marked=marked, factor=2)
         assert patch.action == action and abs(patch.working_size - size) <= 8
         assert np.array_equal(result, rescale(sharp, 2)) == (action != "restored")
 
@@ -507,7 +536,7 @@ def test_the_comparison_shows_the_photograph_its_result_and_its_faces(portraits,
     """The result beside it, or from three rows on below; a face that is mostly invented is called so."""
     photo, _ = compose(portraits, [("hopper", 40, 0, 10, 10)], 100, 80)
     picture = Picture("party", None, photo)
-    [(_, sr)] = restore_photos(generator, [picture], 16)
+    [(_, sr)] = restore_photos(Only(generator), [picture], 16)
     [row] = loss.photo_rows(picture, sr)
     assert [cell[0] for cell in row] == ["photograph", "result", "before", "after"] and row[1][2] == "400x320"
     assert np.array_equal(row[1][1], sr) and row[3][2] == "restored"
