@@ -178,7 +178,8 @@ class GeneratorLoss(nn.Module):
 METRICS = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic",
            "psnr_y_bicubic", "ssim_y_bicubic", "lr_psnr")
 LPIPS = "lpips", "lpips_bicubic"        # columns more, if asked for
-FACES = ("image", "face", "x", "y", "size", "angle", "score", "working_size", "action")
+FACES = ("image", "face", "x", "y", "size", "angle", "score", "working_size", "action",
+         "strength")
 
 
 # Scores and figures ------------------------------------------------------------------------------
@@ -427,7 +428,8 @@ def photo_sentence(picture, sr):
 def photo_table(picture):
     """List a photograph's rows of faces.csv."""
     return [(picture.name, number, round(patch.face.x, 1), round(patch.face.y, 1), round(patch.face.size, 1),
-             round(patch.face.angle, 1), round(patch.face.score, 3), patch.working_size, outcome(patch))
+             round(patch.face.angle, 1), round(patch.face.score, 3), patch.working_size, outcome(patch),
+             f"{patch.strength:g}" if patch.action == "restored" else "")
             for number, patch in enumerate(picture.patches, 1)]
 
 

@@ -363,9 +363,12 @@ def test_a_face_in_the_browser(app, page, faces, tmp_path):
             name => document.querySelector(name).getBoundingClientRect());
         return Math.abs(line.x + line.width / 2 - box.x - box.width / 2) < 20}""")      # the pictures are laid out
     before = line.bounding_box()["x"]
-    line.press("ArrowLeft")  # it is a tab stop
-    moved = line.bounding_box()["x"]
-    assert moved < before - 5 and int(line.get_attribute("aria-valuenow")) < 50
+    for _ in range(20):  # a picture that is laid out only now puts it back
+        line.press("ArrowLeft")  # it is a tab stop
+        if line.bounding_box()["x"] < before - 5:
+            break
+        page.wait_for_timeout(100)
+    assert line.bounding_box()["x"] < before - 5 and int(line.get_attribute("aria-valuenow")) < 50
     line.press("Home")
     assert line.get_attribute("aria-valuenow") == "0"
     line.press("ArrowLeft")
@@ -443,14 +446,15 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
             break
         page.wait_for_timeout(100)
     assert ours.get_attribute("src") != shown and np.array_equal(slider_picture(page), close)
-    page.get_by_text("1: 18 px, mostly invented at 0.85").wait_for()
-    page.get_by_role("slider", name="of the clicked face").press("ArrowLeft")  # and has a knob of its own
-    page.get_by_text("1: 18 px, mostly invented at 0.8", exact=True).wait_for()
+    own, usual = page.get_by_role("slider", name="of the clicked face"), f"at {round(0.7 * 0.85, 2):g}"  # as it is tiny
+    page.get_by_text(f"1: 18 px, mostly invented {usual}").wait_for()
+    own.press("End")  # it has a knob of its own
+    page.get_by_text("1: 18 px, mostly invented", exact=True).wait_for()
     page.get_by_text("Undo", exact=True).click()
-    page.get_by_text("1: 18 px, mostly invented at 0.85").wait_for()
+    page.get_by_text(f"1: 18 px, mostly invented {usual}").wait_for()
     page.locator("#faces button").nth(0).click()
     assert np.array_equal(slider_picture(page, other_than=close), whole)
-    assert not page.get_by_role("slider", name="of the clicked face").is_visible()
+    own.wait_for(state="hidden")
 
 
 def test_ten_ratings_by_keyboard(app, page):

@@ -363,11 +363,12 @@ def test_tiny_and_clear_faces_go_through_other_networks(portraits, generator):
     sr, patches = restore(generator, photo, background="bicubic")
     assert [patch.action for patch in patches] == ["small"] + ["restored"] * 3
     tiny, clear = networks
-    better, patches = restore(generator, photo, {(1, 8): tiny, (0.5, 4): clear}, background="bicubic")
+    better, patches = restore(generator, photo, {(0.7, 8): tiny, (0.5, 4): clear}, background="bicubic")
     assert [patch.action for patch in patches] == ["restored"] * 4
     assert sorted(seen["srgan_x8"]) == [patch.side for patch in patches[:2]] and 30 <= patches[2].side < CLEAR
     assert seen["srresnet_x4"] == [patches[3].side]
     assert [len(patch.sr) // len(patch.lr) for patch in patches] == [8, 8, 4, 4]
+    assert [patch.strength for patch in patches] == [0.7, 0.7, 1, 0.5]
     usual = np.s_[:, 4 * patches[2].left:4 * (patches[2].left + patches[2].side)]
     assert np.array_equal(better[usual], sr[usual]) and (better != sr).any((0, 2))[:4 * patches[2].left].any()
     assert (better != sr).any((0, 2))[4 * patches[3].left:].any()
@@ -543,4 +544,4 @@ def test_the_comparison_shows_the_photograph_its_result_and_its_faces(portraits,
     picture.patches = [replace(patch, lr=patch.lr[:16, :16]) for patch in picture.patches] * 5
     rows = loss.photo_rows(picture, sr)
     assert [row[0] and row[0][2] for row in rows] == ["party, 100x80", None, "result, 400x320"]
-    assert rows[0][3][2] == "mostly invented" == loss.photo_table(picture)[0][-1]
+    assert rows[0][3][2] == "mostly invented" and loss.photo_table(picture)[0][-2:] == ("mostly invented", "1")
