@@ -141,7 +141,7 @@ class Term(NamedTuple):
     text: str           # what train.py --help calls it
     weight: float       # unless its flag says another
     both: bool          # in the loss of SRResNet too, or of SRGAN only
-    value: Callable     # of the GeneratorLoss, SR, HR and D's logits for SR; `Stage.train_step` has those for HR
+    value: Callable     # of the GeneratorLoss, SR, HR and D's logits for SR, `fake`, and for HR, `real`
 
 
 class GeneratorLoss(nn.Module):
@@ -155,22 +155,23 @@ class GeneratorLoss(nn.Module):
 
     # A new term needs its line here, and gets its flag, --NAME-weight.
     TERMS = {
-        "pixel": Term("mean squared error (equation 4)", 1.0, True, lambda loss, sr, hr, logits: F.mse_loss(sr, hr)),
+        "pixel": Term("mean squared error (equation 4)", 1.0, True,
+                      lambda loss, sr, hr, fake, real: F.mse_loss(sr, hr)),
         "vgg": Term("relative VGG distance", 0.02, False,
-                    lambda loss, sr, hr, logits: vgg_distance(loss.features, sr, hr)),
-        "adversarial": Term("adversarial loss", 3e-3, False, lambda loss, sr, hr, logits: adversarial_loss(logits)),
-        "tv": Term("total variation", 0.0, True, lambda loss, sr, hr, logits: total_variation(sr)),
+                    lambda loss, sr, hr, fake, real: vgg_distance(loss.features, sr, hr)),
+        "adversarial": Term("adversarial loss", 3e-3, False, lambda loss, sr, hr, fake, real: adversarial_loss(fake)),
+        "tv": Term("total variation", 0.0, True, lambda loss, sr, hr, fake, real: total_variation(sr)),
         "lattice": Term("regular pattern", 40.0, False,
-                        lambda loss, sr, hr, logits: lattice_loss(sr, hr, loss.period))}
+                        lambda loss, sr, hr, fake, real: lattice_loss(sr, hr, loss.period))}
 
     def __init__(self, features=None, period=4, **weights):
         super().__init__()
         self.weights = {name: weights[name] for name in self.TERMS if weights.get(name)}
         self.features, self.period = features, period
 
-    def forward(self, sr, hr, fake_logits=None):
+    def forward(self, sr, hr, fake_logits=None, real_logits=None):
         """Return (the weighted sum, the unweighted terms by name)."""
-        terms = {name: self.TERMS[name].value(self, sr, hr, fake_logits) for name in self.weights}
+        terms = {name: self.TERMS[name].value(self, sr, hr, fake_logits, real_logits) for name in self.weights}
         return sum(weight * terms[name] for name, weight in self.weights.items()), terms
 
 

@@ -367,7 +367,7 @@ class Stage:
             scale, statistics = self.scaler.get_scale(), [buffer.clone() for buffer in self.statistics]
         with self.autocast():
             sr = self.generate(lr)
-        fake_logits, values = None, {}
+        fake_logits, real_logits, values = None, None, {}
         if self.gan:
             sr, hr = shifted(self.step, self.args.scale, sr, hr)
 
@@ -384,8 +384,8 @@ class Stage:
         self.discriminator.requires_grad_(False)
         with self.autocast():
             if self.gan:
-                fake_logits = self.discriminator(sr)
-            loss, terms = self.criterion(sr, hr, fake_logits)
+                fake_logits, real_logits = self.discriminator(sr), real_logits.detach()
+            loss, terms = self.criterion(sr, hr, fake_logits, real_logits)
         self.backward(loss, self.g_optimizer)
         self.discriminator.requires_grad_(True)
         self.scaler.update()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 import data_loader
 import train
@@ -283,8 +284,16 @@ def test_both_networks_learn_in_a_gan_step(stage):
 
 def test_a_loss_and_a_kernel_are_added_in_one_place_each(stage, monkeypatch):
     """The flag, its default and the stages follow from the entry; shares are weighed against each other."""
-    term = Term("mean absolute error", 0.5, True, lambda loss, sr, hr, logits: (sr - hr).abs().mean())
+    term = Term("mean absolute error", 0.5, True, lambda loss, sr, hr, fake, real: (sr - hr).abs().mean())
     monkeypatch.setitem(train.GeneratorLoss.TERMS, "absolute", term)
+    relative = Term("relativistic adversarial loss", 0.0, False, lambda loss, sr, hr, fake, real: F.softplus(
+        real.mean() - fake).mean())     # Jolicoeur-Martineau 2018, arXiv:1807.00734
+    monkeypatch.setitem(train.GeneratorLoss.TERMS, "relative", relative)
+    srgan = stage("srgan", "--relative-weight", "1", "--adversarial-weight", "0")
+    srgan.criterion.weights = {"relative": 1}
+    srgan.train_step()
+    assert set(srgan.losses()) == {"relative", "discriminator", "d_real", "d_fake"}
+    assert all(parameter.grad.abs().max() > 0 for parameter in srgan.generator.parameters())
     monkeypatch.setitem(data_loader.KERNELS, "hamming", (Image.Resampling.HAMMING, 0.2))
     data_loader._degradation_tables.cache_clear()
     for name in ("srresnet", "srgan"):
@@ -325,7 +334,7 @@ def test_the_losses_look_at_shifted_windows(stage, monkeypatch):
                    for y, x in [divmod(int(sr[0, 0, 0, 0]), 24)])
     srgan, seen, criterion = stage("srgan"), [], train.GeneratorLoss.forward
     monkeypatch.setattr(train.GeneratorLoss, "forward",
-                        lambda self, sr, hr, logits: (seen.extend((sr, hr)), criterion(self, sr, hr, logits))[1])
+                        lambda self, sr, hr, *logits: (seen.extend((sr, hr)), criterion(self, sr, hr, *logits))[1])
     srgan.train_step()
     assert [tuple(picture.shape[2:]) for picture in seen] == [(16, 16)] * 2
 
