@@ -219,10 +219,10 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
 @media (max-width: 700px) {
     #work {display: flex} #show {display: contents} #give {order: -2} #status {order: -1; min-height: 4.8em}
-    #status p {font-size: .85em} #knobs {order: 1} :is(#faces, #more) {order: 2} #rest {order: 3}
+    #status p {font-size: .85em} #knobs {order: 1} #more {order: 2} #rest {order: 3}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
     .caption-label {font-size: 10px !important} #photo {height: 140px !important; min-height: 0 !important}
-    #compare:not(.fullscreen) {height: calc(84vw + 30px) !important}}"""
+    #compare:not(.fullscreen) {height: calc(84vw + 30px) !important} #faces .grid-wrap {max-height: 45vh !important}}"""
 # What Gradio's slider, which knows the mouse alone, lacks; alternative texts.
 KEYS = """<script>
 document.addEventListener("keydown", event => {
@@ -392,7 +392,7 @@ class Workshop:
         write_result(replace(picture, output=pair[0]), fit(bicubic, SCREEN))
         line = "{1} x {0} → {3} x {2} pixels".format(*picture.lr.shape[:2], *sr.shape[:2])
         if photo:
-            line += f"; {photo_sentence(picture, sr)} (missed one? See below)"
+            line += f"; {photo_sentence(picture, sr)} (missed one? Open “Change which faces …”)"
             line += "" if restored else "; nothing was changed" if factor == 1 else "; only enlarged"
         line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
@@ -405,7 +405,8 @@ class Workshop:
             file=str(picture.output), pair=tuple(map(str, pair)), hr=picture.hr, photo=photo, invented=invented,
             lr=None if picture.hr is None else picture.lr, faces=captioned_pairs(picture, sr), line=line,
             found={str(path): [patch.face for patch in picture.patches]},
-            strengths=[patch.action == "restored" and patch.strength for patch in picture.patches])
+            strengths=[False, *(patch.action == "restored" and patch.strength for patch in picture.patches)],
+            moved=[False, *([(patch.face, patch.strength)] == [*map(tuple, marked[-1:])] for patch in picture.patches)])
 
     def enlarge_all(self, job, paths, strength):
         """Upscale many uploads, each as its size asks: (pairs bicubic | ours with their names, photographs followed by
@@ -443,7 +444,7 @@ def build_app(workshop, study):
     gr.Image.preprocess = lambda self, payload: payload and payload.path
     gr.Slider.preprocess = lambda self, value: value        # any number may be typed
 
-    async def upscale_one(photo, strength, shrink, added, whole, scale, only, marks, found, when, looked,
+    async def upscale_one(photo, strength, shrink, added, whole, scale, only, marks, found, when, seen,
                           request: gr.Request):
         path, marked = Path(photo or examples.get(scale, "")), [mark for where, *mark in marks if where == photo]
         before = {} if str(path) in found else shown(None)      # the result of another picture goes at once
@@ -454,24 +455,25 @@ def build_app(workshop, study):
                     yield before | {cancel: gr.Button(interactive=bool(result))} | ({status: result} if result else {})
                     before = {}
                 else:
-                    yield shown(result, looked) | ({} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
+                    yield shown(result, seen) | ({} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
         except (UsageError, DataError, CheckpointError, OSError, MemoryError) as error:
             yield ({} if isinstance(error, UsageError) else shown(None)) | {
                 status: f"**{error or 'Not enough memory for this picture'}**"}
 
-    def shown(result, looked=0):
+    def shown(result, face=0):
         """What the page shows of a result of Workshop.enlarge, or of None; of a photograph, the face looked at."""
         absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
-        result = result or SimpleNamespace(**absent, faces=[], found={}, line="", strengths=[])
-        pair = np.hsplit(result.faces[looked][0], 2) if 0 < looked < len(result.faces) else result.pair
+        result = result or SimpleNamespace(faces=[], found={}, line="", strengths=[False], moved=[False], **absent)
+        face = face if face < len(result.faces) else 0
+        pair = np.hsplit(result.faces[face][0], 2) if face else result.pair
         pictures = {pixels: result.lr, truth: result.hr, invented: result.invented}
         return {box: gr.Image(picture, visible=picture is not None) for box, picture in pictures.items()} | {
-                slider: pair and tuple(pair), status: result.line, found: result.found,
-                scale: gr.Radio(interactive=not result.photo),
-                faces: gr.Gallery(result.faces, visible=bool(result.faces)),
-                download: gr.DownloadButton(value=result.file, interactive=bool(result.file)),
-                cancel: gr.Button(interactive=False), clock: gr.Timer(active=bool(result.file)), own: own_knob(
-                    result.strengths, looked), made: result.pair and (*result.pair, result.strengths)}
+            slider: pair and tuple(pair), status: result.line, found: result.found, seen: face,
+            own: gr.skip() if result.moved[face] else own_knob(result.strengths[face]),     # it may have moved on
+            faces: gr.Gallery(result.faces, visible=bool(result.faces)), scale: gr.Radio(interactive=not result.photo),
+            download: gr.DownloadButton("Download the photograph" if result.photo else "Download", result.file,
+                                        interactive=bool(result.file)), cancel: gr.Button(interactive=False),
+            clock: gr.Timer(active=bool(result.file)), made: result.pair and (*result.pair, result.strengths)}
 
     def stop(request: gr.Request):
         return "Cancelled. Whatever you change starts again." if workshop.cancel(request.session_hash) else gr.skip()
@@ -505,17 +507,16 @@ def build_app(workshop, study):
 
     def look_at(made, event: gr.SelectData):
         face = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
-        return (made[:2] if face is None else tuple(np.hsplit(face, 2))), event.index, own_knob(made[2], event.index)
+        return (made[:2] if face is None else tuple(np.hsplit(face, 2))), event.index, own_knob(made[2][event.index])
 
-    def own_knob(strengths, looked):
-        value = 0 < looked <= len(strengths) and strengths[looked - 1]
+    def own_knob(value):
         return gr.Slider(value=value or 0, visible=value is not False and workshop.has_knob)
 
     def mark(wish, path, face, marks):
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
 
-    def mark_strength(path, strength, found, looked, marks):
-        face, strength = found[path][looked - 1], min(1, max(0, strength or 0))
+    def mark_strength(path, strength, found, seen, marks):
+        face, strength = found[path][seen - 1], min(1, max(0, strength or 0))
         drawn = marks and marks[-1][:2] == (path, face) and not isinstance(marks[-1][2], str)      # one step of Undo
         return [*marks[:len(marks) - bool(drawn)], (path, face, strength)]
 
@@ -562,7 +563,7 @@ def build_app(workshop, study):
                 with gr.Row():
                     download = gr.DownloadButton("Download", first.file, variant="primary", min_width=160)
                     cancel = gr.Button("Cancel", interactive=False, scale=0, min_width=110, elem_id="cancel")
-                own = gr.Slider(0, 1, step=0.05, label="Strength of the clicked face alone", visible=False, buttons=[])
+                own = gr.Slider(0, 1, step=0.05, label="Strength of this face alone", visible=False, buttons=[])
                 faces = gr.Gallery(label="Before and after: click one", visible=False, object_fit="contain", buttons=[],
                                    format="png", interactive=False, allow_preview=False, elem_id="faces")
                 with gr.Accordion("Change which faces are restored", open=False):
@@ -592,13 +593,13 @@ def build_app(workshop, study):
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
-            marks, found, made, looked = gr.State([]), gr.State(first.found), gr.State(), gr.State(0)
-            when = gr.Number(0, visible="hidden")
-            clock = gr.Timer(20, active=False)
+            marks, found, made, seen = gr.State([]), gr.State(first.found), gr.State(), gr.State(0)
+            when, clock = gr.Number(0, visible="hidden"), gr.Timer(20, active=False)
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             hidden = dict(api_visibility="private", **at_once)
-            settings = [photo, strength, shrink, added, whole, scale, only, marks, found, when, looked]
-            boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, own, status]
+            settings = [photo, strength, shrink, added, whole, scale, only, marks, found, when, seen]
+            boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, own, seen,
+                     status]
             gr.on([strength.change, shrink.input, added.input, whole.input, scale.input, only.input, marks.change],
                   upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, api_name="upscale", **at_once)
             given = photo.input(begin, photo, [shrink, whole, scale, status, download], **hidden)
@@ -606,9 +607,9 @@ def build_app(workshop, study):
                 settled.then(upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, **hidden)
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
-            photo.change(lambda: (None, 0), None, [target, looked], **hidden)
-            faces.select(look_at, made, [slider, looked, own], js=LOOK, **hidden)
-            own.input(mark_strength, [photo, own, found, looked, marks], marks, trigger_mode="always_last", **hidden)
+            photo.change(lambda: (None, 0), None, [target, seen], **hidden)
+            faces.select(look_at, made, [slider, seen, own], js=LOOK, **hidden)
+            own.input(mark_strength, [photo, own, found, seen, marks], marks, trigger_mode="always_last", **hidden)
             gr.on([photo.change, target.change, found.change], draw, [photo, target, found], view, **hidden)
             view.select(aim, [photo, share, found], [target, share], **hidden)
             share.input(set_size, [photo, target, share], target, **hidden)
@@ -616,8 +617,7 @@ def build_app(workshop, study):
                 button.click(functools.partial(mark, wish), [photo, target, marks], marks, js=LOOK, **hidden)
             undo.click(lambda marks: marks[:-1], marks, marks, **hidden)
         with gr.Tab("Folder"):
-            gr.Markdown(f"Up to {FILES} pictures at once: faces, and photographs of up to 16 megapixels.")
-            files = gr.File(file_count="multiple", label="Pictures", height=180)
+            files = gr.File(file_count="multiple", height=180, label=f"Up to {FILES} pictures, of 16 megapixels")
             same = make_knob()
             with gr.Row():
                 go, end = gr.Button("Upscale all", variant="primary"), gr.Button("Cancel")

@@ -5,7 +5,7 @@ Pictures are RGB in [0, 1], (N, 3, H, W); SR may leave the range. Every term is 
 everything, so its size does not depend on the batch or the patch size.
 
     criterion = GeneratorLoss(pixel=1, vgg=0.02, adversarial=3e-3, features=VGGFeatures("conv3_4"))
-    total, terms = criterion(sr, hr, discriminator(sr))     # terms: {"pixel": ..., "vgg": ..., ...}
+    total, terms = criterion(sr, hr, discriminator)     # terms: {"pixel": ..., "vgg": ..., ...}
 """
 import csv
 import functools
@@ -141,7 +141,7 @@ class Term(NamedTuple):
     text: str           # what train.py --help calls it
     weight: float       # unless its flag says another
     both: bool          # in the loss of SRResNet too, or of SRGAN only
-    value: Callable     # of the GeneratorLoss, SR, HR and D's logits for SR, `fake`, and for HR, `real`
+    value: Callable     # of the GeneratorLoss, SR, HR and D, which gives logits, and learns nothing here
 
 
 class GeneratorLoss(nn.Module):
@@ -150,28 +150,29 @@ class GeneratorLoss(nn.Module):
     Args:
         features: a VGGFeatures, for the term "vgg".
         period: HR pixels of the lattice, the scale.
-        weights: by the names of TERMS.
+        weights: by the names of TERMS; what is left out does not count.
     """
 
     # A new term needs its line here, and gets its flag, --NAME-weight.
     TERMS = {
-        "pixel": Term("mean squared error (equation 4)", 1.0, True,
-                      lambda loss, sr, hr, fake, real: F.mse_loss(sr, hr)),
+        "pixel": Term("mean squared error (equation 4)", 1.0, True, lambda loss, sr, hr, d: F.mse_loss(sr, hr)),
         "vgg": Term("relative VGG distance", 0.02, False,
-                    lambda loss, sr, hr, fake, real: vgg_distance(loss.features, sr, hr)),
-        "adversarial": Term("adversarial loss", 3e-3, False, lambda loss, sr, hr, fake, real: adversarial_loss(fake)),
-        "tv": Term("total variation", 0.0, True, lambda loss, sr, hr, fake, real: total_variation(sr)),
+                    lambda loss, sr, hr, d: vgg_distance(loss.features, sr, hr)),
+        "adversarial": Term("adversarial loss", 3e-3, False, lambda loss, sr, hr, d: adversarial_loss(d(sr))),
+        "tv": Term("total variation", 0.0, True, lambda loss, sr, hr, d: total_variation(sr)),
         "lattice": Term("regular pattern", 40.0, False,
-                        lambda loss, sr, hr, fake, real: lattice_loss(sr, hr, loss.period))}
+                        lambda loss, sr, hr, d: lattice_loss(sr, hr, loss.period))}
 
     def __init__(self, features=None, period=4, **weights):
         super().__init__()
+        if unknown := weights.keys() - self.TERMS.keys():
+            raise TypeError(f"no such term: {', '.join(sorted(unknown))}")
         self.weights = {name: weights[name] for name in self.TERMS if weights.get(name)}
         self.features, self.period = features, period
 
-    def forward(self, sr, hr, fake_logits=None, real_logits=None):
+    def forward(self, sr, hr, discriminator=None):
         """Return (the weighted sum, the unweighted terms by name)."""
-        terms = {name: self.TERMS[name].value(self, sr, hr, fake_logits, real_logits) for name in self.weights}
+        terms = {name: self.TERMS[name].value(self, sr, hr, discriminator) for name in self.weights}
         return sum(weight * terms[name] for name, weight in self.weights.items()), terms
 
 
@@ -383,7 +384,7 @@ def outcome(patch):
     if patch.action != "restored":
         return patch.action
     small, large = len(patch.lr) < TINY, len(patch.lr) >= CLEAR
-    return "mostly invented" if small else "restored (a little)" if large else "restored"
+    return "mostly invented" if small else "restored (a little)" if large and patch.strength < 1 else "restored"
 
 
 def captioned_pairs(picture, sr, name=""):

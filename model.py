@@ -323,7 +323,7 @@ class Networks:
     def suited(self, side, strength=1, own=None):
         """The strength and the scale that suit a face of `side` pixels in a photograph; `own` is asked for it alone."""
         scale = 8 if side < TINY and 8 in self.files else min(self.files)
-        part = 1 if not self.has_knob else 0.7 if side < TINY else 0.5 if side >= CLEAR else 1
+        part = 1 if not self.has_knob else 0.5 if side >= CLEAR else 0.7 if side < TINY and scale == 8 else 1
         return round(strength * part, 2) if own is None else own, scale
 
 
@@ -558,7 +558,7 @@ def write_results(results):
 # Faces in photographs -----------------------------------------------------------------------------
 
 SMALLEST = {4: 20, 8: 12}   # pixels of a frame from which a face can be made, by the largest scale at hand
-TINY = 24                   # pixels: below, eight times gives the better face, and 0.7 of the strength a better likeness
+TINY = 24                   # pixels: below, eight times gives the better face, 0.7 of the strength a better likeness
 CLEAR = 76                  # pixels: from here on, half the strength is as good (LPIPS) and 0.7 dB nearer to the truth
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
@@ -602,14 +602,15 @@ def blockiness(photo):
 def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
     """Decide what to do with each of the Faces `found` in an (H, W, 3) uint8 photograph, if the result is `factor`
     times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. What is
-    `marked`, (Face, "restored", "kept", or at what strength to restore it), replaces what was found with its middle in
-    that frame, and keeps its turn. A face whose pixels hold what they can goes through the network as it is, a blurred
-    one, or one that a JPEG has coarsened, is reduced first to what it shows. Sharp, it is turned by quarters, which
-    loses nothing, blurred until it is upright: the network knows tilts up to 30 degrees, but of blurred faces it makes
-    grimaces there."""
+    `marked`, (Face, "restored", "kept", or at what strength to restore it), replaces that Face, or else those with
+    their middle in its frame, and keeps its turn. A face whose pixels hold what they can goes through the network as it
+    is, a blurred one, or one that a JPEG has coarsened, is reduced first to what it shows. Sharp, it is turned by
+    quarters, which loses nothing, blurred until it is upright: the network knows tilts up to 30 degrees, but makes
+    grimaces of blurred ones."""
     patches, faces = [], [(face, None) for face in found]
     for face, wish in marked:
-        meant = [max(abs(other.x - face.x), abs(other.y - face.y)) < face.size / 2 for other, _ in faces]
+        meant = [other == face for other, _ in faces]
+        meant = meant if any(meant) else [2 * max(abs(o.x - face.x), abs(o.y - face.y)) < face.size for o, _ in faces]
         place = (meant + [True]).index(True)
         turn = faces[place][0].angle if any(meant) else 0
         faces = [pair for pair, gone in zip(faces, meant) if not gone]
@@ -712,8 +713,7 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
         for patch in (patch for _, _, faces in group for patch in faces if patch.action == "restored"):
             suited = functools.partial(networks.suited, strength=strength, own=patch.strength)
             if patch.blurred and len(patch.lr) < CLEAR:
-                tiny = networks.tiny(suited(0)[0])
-                patch.lr, patch.sr = upscale_blurred(networks(*suited(TINY)), patch.lr, tiny)
+                patch.lr, patch.sr = upscale_blurred(networks(*suited(TINY)), patch.lr, networks.tiny(suited(0)[0]))
             else:
                 chosen[suited(len(patch.lr))].append(patch)
             patch.strength = suited(len(patch.lr))[0]
@@ -723,13 +723,13 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
         for picture, number, picture.patches in group:
             sharp = any(patch.action in LEFT for patch in picture.patches)
             way = background or ("network" if picture.lr[..., 0].size <= 5e5 and not sharp else "bicubic")
-            mild = networks(*networks.suited(CLEAR if picture.patches else TINY, strength))    # no scribbles of edges
-            painted = way == "network" and number == mild.scale
-            canvas = enlarge_background(mild, picture) if painted else rescale(picture.lr, number)
+            mild = functools.partial(networks, *networks.suited(CLEAR if picture.patches else TINY, strength))
+            painted = way == "network" and number == min(networks.files)      # mildly: else it scribbles on edges
+            canvas = enlarge_background(mild(), picture) if painted else rescale(picture.lr, number)
             blurred = [patch for patch in picture.patches if patch.blurred and background != "bicubic"]
             most = 0 if sharp else AROUND / max(1, len(blurred)) ** 0.5     # beside sharp faces, blur may be meant
             for patch in blurred:
-                restore_surroundings(mild, picture.lr, patch, canvas, number, most)
+                restore_surroundings(mild(), picture.lr, patch, canvas, number, most)
             for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
                 if (painted or blurred) and patch.action in LEFT:
                     patch.sr = rescale(patch.lr, number)

@@ -300,7 +300,7 @@ class Stage:
                    for name, term in GeneratorLoss.TERMS.items() if term.both or self.gan}
         if features is None:
             weights.pop("vgg", None)
-        if not any(weights.values()):       # SRResNet, where only SRGAN does without the pixel loss
+        if not any(weight for name, weight in weights.items() if name != "tv"):     # SRGAN alone does without pixels
             weights["pixel"] = 1.0
             if self.main_process:
                 print(f"{self.name}: no loss is left, so the mean squared error counts 1")
@@ -367,7 +367,7 @@ class Stage:
             scale, statistics = self.scaler.get_scale(), [buffer.clone() for buffer in self.statistics]
         with self.autocast():
             sr = self.generate(lr)
-        fake_logits, real_logits, values = None, None, {}
+        values = {}
         if self.gan:
             sr, hr = shifted(self.step, self.args.scale, sr, hr)
 
@@ -383,9 +383,7 @@ class Stage:
         # (2) update G: near the target, and up in D's eyes. D only passes the gradient on.
         self.discriminator.requires_grad_(False)
         with self.autocast():
-            if self.gan:
-                fake_logits, real_logits = self.discriminator(sr), real_logits.detach()
-            loss, terms = self.criterion(sr, hr, fake_logits, real_logits)
+            loss, terms = self.criterion(sr, hr, self.discriminator)
         self.backward(loss, self.g_optimizer)
         self.discriminator.requires_grad_(True)
         self.scaler.update()

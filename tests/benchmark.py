@@ -274,7 +274,7 @@ class TextbookTraining:
             loss.backward()
             self.optimizers[1].step()
         sr = self.generator(lr)
-        loss, _ = self.criterion(sr, hr, self.discriminator(sr) if self.gan else None)
+        loss, _ = self.criterion(sr, hr, self.discriminator)
         self.optimizers[0].zero_grad()
         loss.backward()
         self.optimizers[0].step()

@@ -195,6 +195,24 @@ def test_a_photograph_is_searched_for_faces(app, client, tmp_path):
     assert result.ours.shape == (512, 2048, 3)          # no more than a screen
 
 
+def test_what_was_invented_of_a_face_with_a_strength_of_its_own(app, tmp_path):
+    """It is the difference to strength 0, not to its own; the knob that was moved is known, so that it stays there."""
+    workshop = inference.Workshop(inference.parse_arguments(app.flags), tmp_path)
+    path = tmp_path / "astronaut.png"
+    Image.fromarray(skimage.data.astronaut()[:, 60:420]).resize((72, 102), Image.Resampling.LANCZOS).save(path)
+
+    def enlarge(*marked):
+        return workshop.enlarge(None, path, 0.5, False, True, False, 4, marked)
+
+    [face] = enlarge().found[str(path)]
+    middle = np.s_[round(4 * face.y) - 20:round(4 * face.y) + 20, round(4 * face.x) - 20:round(4 * face.x) + 20]
+    spread = [np.abs(enlarge((face, strength)).invented[middle].astype(int) - 128).mean() for strength in (0, 1)]
+    assert spread[0] == 0 and spread[1] > 1
+    assert enlarge().strengths == [False, 0.5] and enlarge((face, "kept")).strengths == [False, False]
+    assert enlarge((face, 1)).strengths == [False, 1]
+    assert [enlarge(*marks).moved[1] for marks in ([(face, 1)], [(face, 1), (face, "restored")], [])] == [True, False, False]
+
+
 def test_pictures_that_cannot_be_used_get_a_sentence(client, app, tmp_path):
     good = save(tmp_path / "good.png")
     (tmp_path / "empty.png").touch()
@@ -381,7 +399,7 @@ def test_a_face_in_the_browser(app, page, faces, tmp_path):
     assert not np.array_equal(expected, command(app, tmp_path / "out", path))
     for _ in range(100):  # the knob is live: its result comes by itself
         with page.expect_download() as download:
-            page.get_by_role("button", name="Download", exact=True).click()
+            page.get_by_role("button", name="Download the photograph").click()
         result = np.array(Image.open(download.value.path()))
         if np.array_equal(result, expected):
             break
@@ -446,7 +464,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
             break
         page.wait_for_timeout(100)
     assert ours.get_attribute("src") != shown and np.array_equal(slider_picture(page), close)
-    own, usual = page.get_by_role("slider", name="of the clicked face"), f"at {round(0.7 * 0.85, 2):g}"  # as it is tiny
+    own, usual = page.get_by_role("slider", name="of this face"), f"at {round(0.7 * 0.85, 2):g}"  # as it is tiny
     page.get_by_text(f"1: 18 px, mostly invented {usual}").wait_for()
     own.press("End")  # it has a knob of its own
     page.get_by_text("1: 18 px, mostly invented", exact=True).wait_for()

@@ -33,7 +33,7 @@ def test_every_term_moves_every_part_of_the_generator(term, vgg_file):
     features = VGGFeatures("conv2_2", vgg_file)
     criterion = GeneratorLoss(features, **dict.fromkeys(GeneratorLoss.TERMS, 0.0) | {term: 1.0})
     sr = generator(torch.rand(2, 3, 8, 8))
-    total, terms = criterion(sr, torch.rand(2, 3, 32, 32), discriminator(sr))
+    total, terms = criterion(sr, torch.rand(2, 3, 32, 32), discriminator)
     assert list(terms) == [term] and total.item() == pytest.approx(terms[term].item())
     total.backward()
     for name, parameter in generator.named_parameters():
@@ -45,11 +45,13 @@ def test_total_is_the_weighted_sum(vgg_file):
     torch.manual_seed(0)
     sr, hr, logits = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), torch.tensor([1.0, -2.0])
     criterion = GeneratorLoss(VGGFeatures("conv2_2", vgg_file), pixel=2, vgg=0.5, adversarial=1e-3, tv=0.1)
-    total, terms = criterion(sr, hr, logits)
+    total, terms = criterion(sr, hr, lambda picture: logits if picture is sr else None)
     assert set(terms) == {"pixel", "vgg", "adversarial", "tv"}
     expected = 2 * terms["pixel"] + 0.5 * terms["vgg"] + 1e-3 * terms["adversarial"] + 0.1 * terms["tv"]
     assert total.item() == pytest.approx(expected.item())
     assert terms["pixel"].item() == pytest.approx(((sr - hr) ** 2).mean().item())
+    with pytest.raises(TypeError, match="pixels"):
+        GeneratorLoss(pixels=1)
 
 
 def test_adversarial_terms_are_cross_entropy_on_logits():

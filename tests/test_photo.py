@@ -60,7 +60,7 @@ class Only(model.Networks):
 
     def __init__(self, generator, others={}):
         self.files, self.has_knob = dict.fromkeys((4, *(scale for _, scale in others))), (0.5, 4) in others
-        self.load = lambda strength, scale: others.get((strength, scale), generator)
+        self.load = lambda strength, scale: {(1, 4): generator, **others}[strength, scale]
 
 
 def restore(generator, photo, others={}, marked=(), **options):
@@ -394,6 +394,40 @@ def test_a_face_has_a_strength_of_its_own(portraits):
     [(_, sr)] = restore_photos(networks, [picture], 16)
     captions = [caption for _, caption in loss.captioned_pairs(picture, sr)][1:]
     assert captions[0].endswith("px, restored") and captions[1].endswith("px, restored at 0.25")
+
+
+def test_a_very_blurred_face_gets_less_strength_unless_it_has_its_own(portraits):
+    """What is said of it is what the network did; without the eightfold one, which invents most, it gets all."""
+    photo, [(x, y, side, _)] = compose(portraits, [("hopper", 110, 0, 20, 20)], 180, 180)
+    photo, face = cv2.GaussianBlur(photo, (0, 0), 0.06 * side), data_loader.Face(x, y, side, 0, 1)
+    networks, alone = model.Networks(CHECKPOINT), model.Networks(CHECKPOINT)
+    del alone.files[8]
+
+    def restored(networks, *marked, strength=1):
+        picture = Picture("", None, photo, found=[face], marked=marked)
+        list(restore_photos(networks, [picture], 16, strength, 1, "bicubic"))
+        return picture.patches[0]
+
+    usual, own, vivid = (restored(networks, *marked) for marked in ((), [(face, 0.7)], [(face, 1)]))
+    assert len(usual.lr) == 16 and [patch.strength for patch in (usual, own, vivid)] == [0.7, 0.7, 1]
+    assert np.array_equal(usual.sr, own.sr) and (usual.sr != vivid.sr).any()
+    assert np.array_equal(usual.sr, upscale(networks(0.7, 8), [usual.lr])[0])
+    assert restored(networks, strength=0.5).strength == 0.35 and restored(alone).strength == 1
+    assert np.array_equal(restored(alone).sr, upscale(alone(1, 4), [restored(alone).lr])[0])
+
+
+def test_a_wish_for_a_found_face_spares_its_neighbours(portraits):
+    """Though their middles lie in its frame: a child before a parent."""
+    photo, _ = compose(portraits, [("hopper", 80, 0, 10, 10)], 160, 140)
+    parent, child = data_loader.Face(70, 60, 90, 0, 0.9), data_loader.Face(80, 95, 30, 5, 0.9)
+    for found in ([parent, child], [child, parent]):
+        for wish in (0.5, "kept", "restored"):
+            patches = model.make_patches(photo, found, 4, marked=[(parent, wish)])
+            assert [patch.face for patch in patches] == found
+            assert [patch.strength for patch in patches] == [0.5 if (face, wish) == (parent, 0.5) else None for face in found]
+            assert (patches[found.index(parent)].action == "kept") == (wish == "kept")
+    by_hand = replace(parent, size=91)
+    assert [patch.face.size for patch in model.make_patches(photo, [parent, child], 4, marked=[(by_hand, "kept")])] == [91]
 
 
 def test_a_click_means_the_face_that_was_found_there(portraits):

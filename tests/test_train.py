@@ -284,10 +284,10 @@ def test_both_networks_learn_in_a_gan_step(stage):
 
 def test_a_loss_and_a_kernel_are_added_in_one_place_each(stage, monkeypatch):
     """The flag, its default and the stages follow from the entry; shares are weighed against each other."""
-    term = Term("mean absolute error", 0.5, True, lambda loss, sr, hr, fake, real: (sr - hr).abs().mean())
+    term = Term("mean absolute error", 0.5, True, lambda loss, sr, hr, d: (sr - hr).abs().mean())
     monkeypatch.setitem(train.GeneratorLoss.TERMS, "absolute", term)
-    relative = Term("relativistic adversarial loss", 0.0, False, lambda loss, sr, hr, fake, real: F.softplus(
-        real.mean() - fake).mean())     # Jolicoeur-Martineau 2018, arXiv:1807.00734
+    relative = Term("relativistic adversarial loss", 0.0, False, lambda loss, sr, hr, d: F.softplus(
+        d(hr).mean() - d(sr)).mean())       # Jolicoeur-Martineau 2018, arXiv:1807.00734
     monkeypatch.setitem(train.GeneratorLoss.TERMS, "relative", relative)
     srgan = stage("srgan", "--relative-weight", "1", "--adversarial-weight", "0")
     srgan.criterion.weights = {"relative": 1}
@@ -300,7 +300,9 @@ def test_a_loss_and_a_kernel_are_added_in_one_place_each(stage, monkeypatch):
         assert stage(name).criterion.weights["absolute"] == 0.5
         assert stage(name, "--absolute-weight", "2", "--pixel-weight", "0").criterion.weights["absolute"] == 2
     assert stage("srresnet", "--pixel-weight", "0", "--absolute-weight", "0", "--tv-weight", "0").criterion.weights == {
-        "pixel": 1}  # never none at all
+        "pixel": 1}  # never none at all, nor one without a target
+    assert stage("srresnet", "--pixel-weight", "0", "--absolute-weight", "0", "--tv-weight", "1e-8").criterion.weights == {
+        "pixel": 1, "tv": 1e-8}
     lr = data_loader.degrade(torch.rand(8, 3, 32, 32), 4, np.random.default_rng(0))
     data_loader._degradation_tables.cache_clear()
     assert lr.shape == (8, 3, 8, 8)
@@ -334,7 +336,7 @@ def test_the_losses_look_at_shifted_windows(stage, monkeypatch):
                    for y, x in [divmod(int(sr[0, 0, 0, 0]), 24)])
     srgan, seen, criterion = stage("srgan"), [], train.GeneratorLoss.forward
     monkeypatch.setattr(train.GeneratorLoss, "forward",
-                        lambda self, sr, hr, *logits: (seen.extend((sr, hr)), criterion(self, sr, hr, *logits))[1])
+                        lambda self, sr, hr, d: (seen.extend((sr, hr)), criterion(self, sr, hr, d))[1])
     srgan.train_step()
     assert [tuple(picture.shape[2:]) for picture in seen] == [(16, 16)] * 2
 
