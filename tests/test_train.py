@@ -294,6 +294,8 @@ def test_a_loss_and_a_kernel_are_added_in_one_place_each(stage, monkeypatch):
     srgan.train_step()
     assert set(srgan.losses()) == {"relative", "discriminator", "d_real", "d_fake"}
     assert all(parameter.grad.abs().max() > 0 for parameter in srgan.generator.parameters())
+    faces = np.random.default_rng(1).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    wild = [data_loader.simulate(face, 4, damage="wild")[0] for face in faces]
     monkeypatch.setitem(data_loader.KERNELS, "hamming", (Image.Resampling.HAMMING, 0.2))
     data_loader._degradation_tables.cache_clear()
     for name in ("srresnet", "srgan"):
@@ -304,6 +306,7 @@ def test_a_loss_and_a_kernel_are_added_in_one_place_each(stage, monkeypatch):
     assert stage("srresnet", "--pixel-weight", "0", "--absolute-weight", "0", "--tv-weight", "1e-8").criterion.weights == {
         "pixel": 1, "tv": 1e-8}
     lr = data_loader.degrade(torch.rand(8, 3, 32, 32), 4, np.random.default_rng(0))
+    assert np.array_equal(wild, [data_loader.simulate(face, 4, damage="wild")[0] for face in faces])     # as scores do
     data_loader._degradation_tables.cache_clear()
     assert lr.shape == (8, 3, 8, 8)
 
