@@ -278,11 +278,11 @@ class Workshop:
     def __init__(self, args, folder):
         self.args, self.folder, self.jobs, self.found = args, folder, {}, defaultdict(list)
         self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
-        self.last = functools.lru_cache(maxsize=1000)(lambda page: SimpleNamespace(when=0))
+        self.last = functools.lru_cache(maxsize=1000)(lambda page: SimpleNamespace(when=0, seen=(None, 0)))
         self.device = select_device(args.device)
         self.networks = Networks(args.checkpoint, self.device, args.precision)
         self.files, self.scale, self.has_knob = self.networks.files, self.networks.scale, self.networks.has_knob
-        self.upscale(np.zeros((32, 32, 3), np.uint8), args.strength)            # the first one is slow
+        upscale(self.networks(args.strength), np.zeros((1, 32, 32, 3), np.uint8))       # the first one is slow
 
     def at_work(self, job=None):
         """The networks, at work for a job."""
@@ -301,6 +301,7 @@ class Workshop:
 
         last = self.last(page)
         if when and when < last.when:
+            yield None          # without any answer, Gradio would blank the page
             return
         last.when = when or last.when
         self.cancel(page)
@@ -331,9 +332,6 @@ class Workshop:
                     if path not in kept and os.stat(path).st_mtime < time.time() - age:
                         os.unlink(path)
                         self.found.pop(Path(path), None)
-
-    def upscale(self, lr, strength):
-        return upscale(self.at_work()(strength), [lr])[0]
 
     def restore(self, job, picture, strength, photo, scale, faces_only=False):
         """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces."""
@@ -444,8 +442,7 @@ def build_app(workshop, study):
     gr.Image.preprocess = lambda self, payload: payload and payload.path
     gr.Slider.preprocess = lambda self, value: value        # any number may be typed
 
-    async def upscale_one(photo, strength, shrink, added, whole, scale, only, marks, found, when, seen,
-                          request: gr.Request):
+    async def upscale_one(photo, strength, shrink, added, whole, scale, only, marks, found, when, request: gr.Request):
         path, marked = Path(photo or examples.get(scale, "")), [mark for where, *mark in marks if where == photo]
         before = {} if str(path) in found else shown(None)      # the result of another picture goes at once
         try:
@@ -455,7 +452,9 @@ def build_app(workshop, study):
                     yield before | {cancel: gr.Button(interactive=bool(result))} | ({status: result} if result else {})
                     before = {}
                 else:
-                    yield shown(result, seen) | ({} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
+                    where, face = workshop.last(request.session_hash).seen       # as of now
+                    answer = shown(result, face * (where == photo))
+                    yield answer | ({} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
         except (UsageError, DataError, CheckpointError, OSError, MemoryError) as error:
             yield ({} if isinstance(error, UsageError) else shown(None)) | {
                 status: f"**{error or 'Not enough memory for this picture'}**"}
@@ -468,10 +467,10 @@ def build_app(workshop, study):
         pair = np.hsplit(result.faces[face][0], 2) if face else result.pair
         pictures = {pixels: result.lr, truth: result.hr, invented: result.invented}
         return {box: gr.Image(picture, visible=picture is not None) for box, picture in pictures.items()} | {
-            slider: pair and tuple(pair), status: result.line, found: result.found, seen: face,
+            slider: pair and tuple(pair), status: result.line, found: result.found,
             own: gr.skip() if result.moved[face] else own_knob(result.strengths[face]),     # it may have moved on
             faces: gr.Gallery(result.faces, visible=bool(result.faces)), scale: gr.Radio(interactive=not result.photo),
-            download: gr.DownloadButton("Download the photograph" if result.photo else "Download", result.file,
+            download: gr.DownloadButton("Download the photo" if result.photo else "Download", result.file,
                                         interactive=bool(result.file)), cancel: gr.Button(interactive=False),
             clock: gr.Timer(active=bool(result.file)), made: result.pair and (*result.pair, result.strengths)}
 
@@ -505,9 +504,10 @@ def build_app(workshop, study):
         suited = workshop.scale if picture is None else workshop.networks.suited(max(picture.shape))[1]
         return False, False, suited, "Working …", gr.DownloadButton(interactive=False)
 
-    def look_at(made, event: gr.SelectData):
+    def look_at(path, made, event: gr.SelectData, request: gr.Request):
+        workshop.last(request.session_hash).seen = path, event.index
         face = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
-        return (made[:2] if face is None else tuple(np.hsplit(face, 2))), event.index, own_knob(made[2][event.index])
+        return (made[:2] if face is None else tuple(np.hsplit(face, 2))), own_knob(made[2][event.index])
 
     def own_knob(value):
         return gr.Slider(value=value or 0, visible=value is not False and workshop.has_knob)
@@ -515,10 +515,10 @@ def build_app(workshop, study):
     def mark(wish, path, face, marks):
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
 
-    def mark_strength(path, strength, found, seen, marks):
-        face, strength = found[path][seen - 1], min(1, max(0, strength or 0))
+    def mark_strength(path, strength, found, marks, request: gr.Request):
+        face = found[path][workshop.last(request.session_hash).seen[1] - 1]
         drawn = marks and marks[-1][:2] == (path, face) and not isinstance(marks[-1][2], str)      # one step of Undo
-        return [*marks[:len(marks) - bool(drawn)], (path, face, strength)]
+        return [*marks[:len(marks) - bool(drawn)], (path, face, min(1, max(0, strength or 0)))]
 
     async def enlarge_all(files, strength, request: gr.Request):
         if not files or len(files) > FILES:
@@ -526,9 +526,9 @@ def build_app(workshop, study):
             return
         try:
             async for result in workshop.work(request, workshop.enlarge_all, list(map(Path, files)), strength):
-                if isinstance(result, str):
-                    yield gr.skip(), gr.skip(), result
-                elif result:
+                if result is None or isinstance(result, str):
+                    yield gr.skip(), gr.skip(), result or gr.skip()
+                else:
                     pairs, archive, done, notes = result
                     yield pairs, archive, "\n- ".join([f"{done} of {len(files)} done.", *notes])
         except (DataError, CheckpointError, UsageError, OSError, MemoryError) as error:
@@ -593,13 +593,12 @@ def build_app(workshop, study):
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
-            marks, found, made, seen = gr.State([]), gr.State(first.found), gr.State(), gr.State(0)
+            marks, found, made = gr.State([]), gr.State(first.found), gr.State()
             when, clock = gr.Number(0, visible="hidden"), gr.Timer(20, active=False)
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             hidden = dict(api_visibility="private", **at_once)
-            settings = [photo, strength, shrink, added, whole, scale, only, marks, found, when, seen]
-            boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, own, seen,
-                     status]
+            settings = [photo, strength, shrink, added, whole, scale, only, marks, found, when]
+            boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, own, status]
             gr.on([strength.change, shrink.input, added.input, whole.input, scale.input, only.input, marks.change],
                   upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, api_name="upscale", **at_once)
             given = photo.input(begin, photo, [shrink, whole, scale, status, download], **hidden)
@@ -607,9 +606,9 @@ def build_app(workshop, study):
                 settled.then(upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, **hidden)
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
-            photo.change(lambda: (None, 0), None, [target, seen], **hidden)
-            faces.select(look_at, made, [slider, seen, own], js=LOOK, **hidden)
-            own.input(mark_strength, [photo, own, found, seen, marks], marks, trigger_mode="always_last", **hidden)
+            photo.change(lambda: None, None, target, **hidden)
+            faces.select(look_at, [photo, made], [slider, own], js=LOOK, **hidden)
+            own.input(mark_strength, [photo, own, found, marks], marks, trigger_mode="always_last", **hidden)
             gr.on([photo.change, target.change, found.change], draw, [photo, target, found], view, **hidden)
             view.select(aim, [photo, share, found], [target, share], **hidden)
             share.input(set_size, [photo, target, share], target, **hidden)

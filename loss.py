@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from data_loader import (MARK, DataError, Face, choose_output, cut_face, find_images, is_result, printable, read_image,
                          rescale, resize, simulate, square_face, to_tensor, write_atomically)
-from model import CLEAR, TINY, CheckpointError, enlargement, load_plain
+from model import CLEAR, TINY, CheckpointError, enlargement, load_plain, upscale
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
 # how many layers of torchvision's vgg19().features lead there.
@@ -555,7 +555,7 @@ class Study:
                 continue
             name = printable(path.relative_to(folder))
             lr, _ = simulate(face, workshop.scale)
-            ours = (workshop.upscale(lr, strength) for strength in (0, 1))
+            ours = (upscale(workshop.networks(strength), [lr])[0] for strength in (0, 1))
             nearest = lr.repeat(workshop.scale, axis=0).repeat(workshop.scale, axis=1)
             blurred = rescale(lr, workshop.scale)
             self.faces.append(name)

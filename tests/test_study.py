@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import inference
@@ -169,13 +170,21 @@ def test_mistakes_are_one_sentence_and_status_2(tmp_path, capsys):
         assert word in error and len(error.strip().splitlines()) == 1, error
 
 
-class FakeWorkshop:
+class FakeNetwork(torch.nn.Linear):
     """Marks what it was given: the study's pictures without a network."""
 
     scale = 4
 
-    def upscale(self, lr, strength):
-        return np.full((128, 128, 3), 100 + strength, np.uint8)
+    def __init__(self, strength):
+        super().__init__(1, 1)
+        self.level = (100 + strength) / 255
+
+    def forward(self, lr):
+        return torch.full((len(lr), 3, 128, 128), self.level)
+
+
+class FakeWorkshop:
+    scale, networks = 4, FakeNetwork
 
 
 @pytest.fixture
