@@ -278,7 +278,7 @@ class Workshop:
     def __init__(self, args, folder):
         self.args, self.folder, self.jobs, self.found = args, folder, {}, defaultdict(list)
         self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
-        self.last = functools.lru_cache(maxsize=1000)(lambda page: SimpleNamespace(when=0, seen=(None, 0)))
+        self.last = functools.lru_cache(maxsize=1000)(lambda page: SimpleNamespace(when=0, seen=(None, 0), moved=False))
         self.device = select_device(args.device)
         self.networks = Networks(args.checkpoint, self.device, args.precision)
         self.files, self.scale, self.has_knob = self.networks.files, self.networks.scale, self.networks.has_knob
@@ -376,8 +376,8 @@ class Workshop:
         factor = len(sr) // len(picture.lr)
         if photo:
             restored = any(patch.action == "restored" for patch in picture.patches)
-            what, suffix = "restored" if restored else f"x{factor}", photo_suffix(path, picture.alpha)
-            picture.output = folder / f"{path.stem}_{what}{suffix}"
+            what = "restored" if restored else f"x{factor}"
+            picture.output = folder / f"{path.stem}_{what}{photo_suffix(path, picture.alpha)}"
         write_result(picture, sr)
         bicubic, scores = rescale(picture.lr, factor), {} if picture.hr is None else compare(picture, sr, scale)[1]
         plain = [(face, wish if isinstance(wish, str) else "restored") for face, wish in marked]
@@ -393,6 +393,7 @@ class Workshop:
             line += f"; {photo_sentence(picture, sr)} (missed one? Open “Change which faces …”)"
             line += "" if restored else "; nothing was changed" if factor == 1 else "; only enlarged"
         line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
+        line += "; mostly invented: another person may come out" * (not photo and max(picture.lr.shape) < TINY)
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
         if not photo and factor != (suited := self.networks.suited(max(picture.lr.shape))[1]):
             line += f"; for a face of this size, try {suited}x (under More)"
@@ -403,8 +404,7 @@ class Workshop:
             file=str(picture.output), pair=tuple(map(str, pair)), hr=picture.hr, photo=photo, invented=invented,
             lr=None if picture.hr is None else picture.lr, faces=captioned_pairs(picture, sr), line=line,
             found={str(path): [patch.face for patch in picture.patches]},
-            strengths=[False, *(patch.action == "restored" and patch.strength for patch in picture.patches)],
-            moved=[False, *([(patch.face, patch.strength)] == [*map(tuple, marked[-1:])] for patch in picture.patches)])
+            strengths=[False, *(patch.action == "restored" and patch.strength for patch in picture.patches)])
 
     def enlarge_all(self, job, paths, strength):
         """Upscale many uploads, each as its size asks: (pairs bicubic | ours with their names, photographs followed by
@@ -452,23 +452,23 @@ def build_app(workshop, study):
                     yield before | {cancel: gr.Button(interactive=bool(result))} | ({status: result} if result else {})
                     before = {}
                 else:
-                    where, face = workshop.last(request.session_hash).seen       # as of now
-                    answer = shown(result, face * (where == photo))
-                    yield answer | ({} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
+                    last = workshop.last(request.session_hash)
+                    moved, last.moved = last.moved, False
+                    yield shown(result, last.seen[1] * (last.seen[0] == photo), moved) | (
+                        {} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
         except (UsageError, DataError, CheckpointError, OSError, MemoryError) as error:
-            yield ({} if isinstance(error, UsageError) else shown(None)) | {
-                status: f"**{error or 'Not enough memory for this picture'}**"}
+            yield ({} if isinstance(error, UsageError) else shown(None)) | {status: f"**{error or 'Out of memory'}**"}
 
-    def shown(result, face=0):
-        """What the page shows of a result of Workshop.enlarge, or of None; of a photograph, the face looked at."""
+    def shown(result, face=0, moved=False):
+        """What the page shows of a result of Workshop.enlarge, or None: all of it, or a face, whose knob may move."""
         absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
-        result = result or SimpleNamespace(faces=[], found={}, line="", strengths=[False], moved=[False], **absent)
+        result = result or SimpleNamespace(faces=[], found={}, line="", strengths=[False], **absent)
         face = face if face < len(result.faces) else 0
         pair = np.hsplit(result.faces[face][0], 2) if face else result.pair
         pictures = {pixels: result.lr, truth: result.hr, invented: result.invented}
         return {box: gr.Image(picture, visible=picture is not None) for box, picture in pictures.items()} | {
             slider: pair and tuple(pair), status: result.line, found: result.found,
-            own: gr.skip() if result.moved[face] else own_knob(result.strengths[face]),     # it may have moved on
+            own: gr.skip() if moved and face else own_knob(result.strengths[face]),     # it may have moved on
             faces: gr.Gallery(result.faces, visible=bool(result.faces)), scale: gr.Radio(interactive=not result.photo),
             download: gr.DownloadButton("Download the photo" if result.photo else "Download", result.file,
                                         interactive=bool(result.file)), cancel: gr.Button(interactive=False),
@@ -498,16 +498,17 @@ def build_app(workshop, study):
         known = face and (picture := opened(path)) is not None
         return replace(face, size=float(np.clip(share or 0, 0.01, 1)) * min(picture.shape[:2])) if known else face
 
-    def begin(path):
+    def begin(path, request: gr.Request):
         """The settings for a new picture: those of the one before may not fit it."""
-        picture = opened(path)
+        workshop.last(request.session_hash).seen, picture = (None, 0), opened(path)
         suited = workshop.scale if picture is None else workshop.networks.suited(max(picture.shape))[1]
         return False, False, suited, "Working …", gr.DownloadButton(interactive=False)
 
-    def look_at(path, made, event: gr.SelectData, request: gr.Request):
-        workshop.last(request.session_hash).seen = path, event.index
-        face = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
-        return (made[:2] if face is None else tuple(np.hsplit(face, 2))), own_knob(made[2][event.index])
+    def look_at(path, made, found, event: gr.SelectData, request: gr.Request):
+        vars(workshop.last(request.session_hash)).update(seen=(path, event.index), moved=False)
+        pair = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
+        face = found[path][event.index - 1] if event.index else None
+        return made[:2] if pair is None else tuple(np.hsplit(pair, 2)), own_knob(made[2][event.index]), face, face
 
     def own_knob(value):
         return gr.Slider(value=value or 0, visible=value is not False and workshop.has_knob)
@@ -515,8 +516,8 @@ def build_app(workshop, study):
     def mark(wish, path, face, marks):
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
 
-    def mark_strength(path, strength, found, marks, request: gr.Request):
-        face = found[path][workshop.last(request.session_hash).seen[1] - 1]
+    def mark_strength(path, strength, face, marks, request: gr.Request):
+        workshop.last(request.session_hash).moved = True
         drawn = marks and marks[-1][:2] == (path, face) and not isinstance(marks[-1][2], str)      # one step of Undo
         return [*marks[:len(marks) - bool(drawn)], (path, face, min(1, max(0, strength or 0)))]
 
@@ -567,7 +568,7 @@ def build_app(workshop, study):
                 faces = gr.Gallery(label="Before and after: click one", visible=False, object_fit="contain", buttons=[],
                                    format="png", interactive=False, allow_preview=False, elem_id="faces")
                 with gr.Accordion("Change which faces are restored", open=False):
-                    gr.Markdown("Click a face, found or missed; if need be, set its frame around the whole head.")
+                    gr.Markdown("Click a face, here or above, or one that was missed; if need be, set its frame.")
                     view = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"],
                                     elem_id="scissors")
                     target, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
@@ -593,7 +594,7 @@ def build_app(workshop, study):
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
-            marks, found, made = gr.State([]), gr.State(first.found), gr.State()
+            marks, found, made, looked = gr.State([]), gr.State(first.found), gr.State(), gr.State()
             when, clock = gr.Number(0, visible="hidden"), gr.Timer(20, active=False)
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             hidden = dict(api_visibility="private", **at_once)
@@ -607,8 +608,8 @@ def build_app(workshop, study):
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
             photo.change(lambda: None, None, target, **hidden)
-            faces.select(look_at, [photo, made], [slider, own], js=LOOK, **hidden)
-            own.input(mark_strength, [photo, own, found, marks], marks, trigger_mode="always_last", **hidden)
+            faces.select(look_at, [photo, made, found], [slider, own, looked, target], js=LOOK, **hidden)
+            own.input(mark_strength, [photo, own, looked, marks], marks, trigger_mode="always_last", **hidden)
             gr.on([photo.change, target.change, found.change], draw, [photo, target, found], view, **hidden)
             view.select(aim, [photo, share, found], [target, share], **hidden)
             share.input(set_size, [photo, target, share], target, **hidden)

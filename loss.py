@@ -423,7 +423,7 @@ def photo_sentence(picture, sr):
     words = {"sharp": "left as is (sharp already)", "kept": "left as is (as asked)", "small": "too small"}
     parts += [f"{numbers[action]} {text}" for action, text in words.items() if numbers[action]]
     if factor == enlargement(picture.lr, None, patches) < enlargement(picture.lr):
-        parts += [f"{f'enlarged {factor} times only' if factor > 1 else 'not enlarged'}, as they are blurred"]
+        parts += [f"{f'enlarged {factor} times only' if factor > 1 else 'not enlarged'}, since the faces are blurred"]
     return f"{len(patches)} face{'s' * (len(patches) != 1)}, {', '.join(parts)}" if patches else "no face found"
 
 

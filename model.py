@@ -724,7 +724,7 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
             sharp = any(patch.action in LEFT for patch in picture.patches)
             way = background or ("network" if picture.lr[..., 0].size <= 5e5 and not sharp else "bicubic")
             mild = functools.partial(networks, *networks.suited(CLEAR if picture.patches else TINY, strength))
-            painted = way == "network" and number == min(networks.files)      # mildly: else it scribbles on edges
+            painted = way == "network" and number == min(networks.files)  # mildly beside faces: edges look scribbled
             canvas = enlarge_background(mild(), picture) if painted else rescale(picture.lr, number)
             blurred = [patch for patch in picture.patches if patch.blurred and background != "bicubic"]
             most = 0 if sharp else AROUND / max(1, len(blurred)) ** 0.5     # beside sharp faces, blur may be meant

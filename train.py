@@ -303,7 +303,7 @@ class Stage:
         if not any(weight for name, weight in weights.items() if name != "tv"):     # SRGAN alone does without pixels
             weights["pixel"] = 1.0
             if self.main_process:
-                print(f"{self.name}: no loss is left, so the mean squared error counts 1")
+                print(f"{self.name}: no loss with a target is left, so the mean squared error counts 1")
         self.criterion = GeneratorLoss(features, args.scale, **weights)
         if args.compile:
             for module in (self.generator, self.discriminator, self.criterion):
@@ -383,7 +383,7 @@ class Stage:
         # (2) update G: near the target, and up in D's eyes. D only passes the gradient on.
         self.discriminator.requires_grad_(False)
         with self.autocast():
-            loss, terms = self.criterion(sr, hr, self.discriminator)
+            loss, terms = self.criterion(sr, hr, self.discriminator if self.gan else None)
         self.backward(loss, self.g_optimizer)
         self.discriminator.requires_grad_(True)
         self.scaler.update()
