@@ -278,15 +278,11 @@ class Workshop:
     def __init__(self, args, folder):
         self.args, self.folder, self.jobs, self.found = args, folder, {}, defaultdict(list)
         self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
-        self.last = functools.lru_cache(maxsize=1000)(lambda page: SimpleNamespace(when=0, seen=(None, 0), moved=False))
+        self.last = functools.lru_cache(1000)(lambda page: SimpleNamespace(when=0, seen=(None, 0, None), moved=False))
         self.device = select_device(args.device)
         self.networks = Networks(args.checkpoint, self.device, args.precision)
         self.files, self.scale, self.has_knob = self.networks.files, self.networks.scale, self.networks.has_knob
         upscale(self.networks(args.strength), np.zeros((1, 32, 32, 3), np.uint8))       # the first one is slow
-
-    def at_work(self, job=None):
-        """The networks, at work for a job."""
-        return self.networks.at_work(job or SimpleNamespace(gone=False), self.worker)
 
     async def work(self, request, method, *arguments, when=0):
         """Carry out method(job, *arguments) in a thread: yield what it is at from time to time, at the end its result,
@@ -337,7 +333,7 @@ class Workshop:
         """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces."""
         if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
             raise UsageError("Strength is a number from 0 to 1")
-        networks = self.at_work(job)
+        networks = self.networks.at_work(job or SimpleNamespace(gone=False), self.worker)
         if not photo:
             picture.share = shown_share(picture.lr) if picture.hr is None else 1
             return upscale_reduced(networks(strength, scale), picture.lr, picture.share, networks.tiny(strength))
@@ -500,15 +496,15 @@ def build_app(workshop, study):
 
     def begin(path, request: gr.Request):
         """The settings for a new picture: those of the one before may not fit it."""
-        workshop.last(request.session_hash).seen, picture = (None, 0), opened(path)
+        workshop.last(request.session_hash).seen, picture = (None, 0, None), opened(path)
         suited = workshop.scale if picture is None else workshop.networks.suited(max(picture.shape))[1]
         return False, False, suited, "Working …", gr.DownloadButton(interactive=False)
 
     def look_at(path, made, found, event: gr.SelectData, request: gr.Request):
-        vars(workshop.last(request.session_hash)).update(seen=(path, event.index), moved=False)
         pair = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
         face = found[path][event.index - 1] if event.index else None
-        return made[:2] if pair is None else tuple(np.hsplit(pair, 2)), own_knob(made[2][event.index]), face, face
+        vars(workshop.last(request.session_hash)).update(seen=(path, event.index, face), moved=False)
+        return made[:2] if pair is None else tuple(np.hsplit(pair, 2)), own_knob(made[2][event.index]), face
 
     def own_knob(value):
         return gr.Slider(value=value or 0, visible=value is not False and workshop.has_knob)
@@ -516,8 +512,9 @@ def build_app(workshop, study):
     def mark(wish, path, face, marks):
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
 
-    def mark_strength(path, strength, face, marks, request: gr.Request):
-        workshop.last(request.session_hash).moved = True
+    def mark_strength(strength, marks, request: gr.Request):
+        last = workshop.last(request.session_hash)
+        (path, _, face), last.moved = last.seen, True
         drawn = marks and marks[-1][:2] == (path, face) and not isinstance(marks[-1][2], str)      # one step of Undo
         return [*marks[:len(marks) - bool(drawn)], (path, face, min(1, max(0, strength or 0)))]
 
@@ -594,7 +591,7 @@ def build_app(workshop, study):
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
-            marks, found, made, looked = gr.State([]), gr.State(first.found), gr.State(), gr.State()
+            marks, found, made = gr.State([]), gr.State(first.found), gr.State()
             when, clock = gr.Number(0, visible="hidden"), gr.Timer(20, active=False)
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             hidden = dict(api_visibility="private", **at_once)
@@ -608,8 +605,8 @@ def build_app(workshop, study):
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
             photo.change(lambda: None, None, target, **hidden)
-            faces.select(look_at, [photo, made, found], [slider, own, looked, target], js=LOOK, **hidden)
-            own.input(mark_strength, [photo, own, looked, marks], marks, trigger_mode="always_last", **hidden)
+            faces.select(look_at, [photo, made, found], [slider, own, target], js=LOOK, **hidden)
+            own.input(mark_strength, [own, marks], marks, trigger_mode="always_last", **hidden)
             gr.on([photo.change, target.change, found.change], draw, [photo, target, found], view, **hidden)
             view.select(aim, [photo, share, found], [target, share], **hidden)
             share.input(set_size, [photo, target, share], target, **hidden)
