@@ -38,6 +38,7 @@ with contextlib.suppress(ImportError):      # no requirement
     pillow_heif.register_heif_opener()
     FORMATS += ("HEIF",)
 PIXELS = 90_000_000         # of a picture: what has more is not read
+Image.MAX_IMAGE_PIXELS = None       # of Pillow's own: `open_image` has ours, and `is_result` needs none
 MARK = b"face-srgan"        # the field "Software" of a PNG, or a JPEG's segment, of every result: never an input
 VAL_PERCENT = 5             # of a folder without a split of its own
 TESTED = Path(__file__).resolve().parent / "checkpoints" / "ffhq_test.txt"      # ids of the faces that scores come from
@@ -85,16 +86,14 @@ def open_image(path):
     """Open a picture of one of FORMATS and at most PIXELS, without decoding it. Raises DataError."""
     try:
         image = Image.open(path, formats=FORMATS)
-        if image.width * image.height <= PIXELS:
-            return image
-        image.close()
-        raise Image.DecompressionBombError
-    except Image.DecompressionBombError:
-        raise DataError(f"{path}: larger than {PIXELS:,} pixels") from None
     except (Image.UnidentifiedImageError, SyntaxError, ValueError):
         raise DataError(f"{path}: not a picture ({', '.join(FORMATS)}; HEIC with pillow-heif), or damaged") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if image.width * image.height > PIXELS:
+        image.close()
+        raise DataError(f"{path}: larger than {PIXELS:,} pixels")
+    return image
 
 
 def read_image(path):
@@ -168,7 +167,7 @@ def is_result(path):
         if path.suffix == ".csv":
             with open(path, "rb") as file:
                 return file.readline().startswith((b"image,psnr,ssim,psnr_y,", b"image,face,x,y,size,"))
-        with open_image(path) as image:
+        with Image.open(path, formats=FORMATS) as image:        # of any size
             return image.info.get("Software") == MARK.decode() or ("APP15", MARK) in getattr(image, "applist", ())
     except Exception:       # not a picture at all, so not ours; reading it will say why
         return False
@@ -307,7 +306,7 @@ class Face:
 
     def square(self, height, width):
         """The frame in whole pixels, moved and cut until it lies inside a picture: (top, left, side)."""
-        side = min(round(self.size), height, width)
+        side = min(max(1, round(self.size)), height, width)
         return (*(min(max(0, round(centre - side / 2)), limit - side)
                   for centre, limit in ((self.y, height), (self.x, width))), side)
 
@@ -427,7 +426,7 @@ def working_size(square):
     size, middle = len(square), slice(len(square) // 4, -(len(square) // 4))
     angle = motion(square) if size > 16 else None
     if angle is not None:       # measured along it
-        square = cut_face(square, Face(size / 2, size / 2, size, angle, 1), size)[0]
+        square = cut_face(square, Face(size / 2, size / 2, size, angle, 1), size)
 
     def error(side, even=0.9):
         again = resize(resize(square, side, side if angle is None else size), size)
@@ -448,14 +447,11 @@ def working_size(square):
 
 def cut_face(photo, face, size=FACE_SIZE):
     """Cut a face out of an (H, W, 3) uint8 photograph as FFHQ does, upright, (size, size, 3) uint8; beyond the border
-    the photograph is mirrored. Returns (the cut, the share of the side that is mirrored)."""
+    the photograph is mirrored."""
     finer = size * -(-round(face.size) // size)     # turned at a multiple of the size, then reduced
     matrix = turning(face, face.angle, finer / face.size, finer)
     cut = cv2.warpAffine(photo, matrix, (finer, finer), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101)
-    reach = face.size / 2 * (abs(np.sin(np.radians(face.angle))) + abs(np.cos(np.radians(face.angle))))
-    room = min(face.x, face.y, photo.shape[1] - face.x, photo.shape[0] - face.y)
-    cut = np.array(Image.fromarray(cut).resize((size, size), Image.Resampling.LANCZOS))
-    return cut, max(0, reach - room) / face.size
+    return np.array(Image.fromarray(cut).resize((size, size), Image.Resampling.LANCZOS))
 
 
 def turning(face, angle, zoom, side):
@@ -469,18 +465,22 @@ def turning(face, angle, zoom, side):
 
 def cut_faces(photos, output):
     """Make a set to train on of some photographs, files and folders: write every face that is large and sharp enough
-    to `output`, as <name of the photograph>_<number>.png, over no file that is there. Returns the exit status."""
+    to `output`, as <name of the photograph>_<its checksum>_<number>.png, over no file that is there. Returns the exit
+    status."""
     files, problems = find_inputs(photos, output)
     files = [pair for pair in files if output.resolve() not in pair[0].resolve().parents]
     numbers = Counter(cut=0)
     for path, relative in tqdm(files, "cutting faces", unit="photograph", disable=None):
         try:
             photo = read_image(path)[0]
+            name = f"{relative.stem}_{zlib.crc32(photo):08x}"       # other albums have files of the same names
             for number, face in enumerate(find_faces(photo), 1):
-                target = output / relative.with_name(f"{relative.name.replace('.', '_')}_{number}.png")
-                cut, mirrored = cut_face(photo, face)
+                target = output / relative.with_name(f"{name}_{number}.png")
+                cut, angle = cut_face(photo, face), np.radians(face.angle)
+                reach = face.size / 2 * (abs(np.sin(angle)) + abs(np.cos(angle)))
+                room = min(face.x, face.y, photo.shape[1] - face.x, photo.shape[0] - face.y)
                 fate = (f"smaller than {FACE_SIZE} pixels" if face.size < FACE_SIZE else
-                        "cut off by the border" if mirrored > MIRRORED else
+                        "cut off by the border" if reach - room > MIRRORED * face.size else
                         "not sharp" if working_size(cut) < SHARP else "already there" if target.exists() else "cut")
                 if fate == "cut":
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -537,8 +537,8 @@ def _levels(values):
     return (values + 0.5).floor_().clamp_(0, 255)
 
 
-@functools.lru_cache(maxsize=256)
-def _resize_matrix(size, new_size, kernel, device):
+@functools.lru_cache(maxsize=16)        # of large pictures they are large
+def _resize_matrix(size, new_size, kernel, device="cpu"):
     """The library's own weights for resizing `size` samples to `new_size`; one product with them does its work."""
     identity = np.eye(size, dtype=np.float32)
     if kernel.startswith("cv2-"):
@@ -548,7 +548,6 @@ def _resize_matrix(size, new_size, kernel, device):
     return torch.tensor(weights, device=device)                     # (size, new_size)
 
 
-@functools.lru_cache(maxsize=256)
 def _blur_matrix(size, sigma):
     """Weights for a Gaussian blur of `size` samples, sigma above 0."""
     kernel = cv2.getGaussianKernel(2 * round(3 * sigma) + 1, sigma)
@@ -566,7 +565,7 @@ def _crop_table(cuts, size, device):
         first.append(len(matrices))
         for start in range(min(0, FACE_SIZE - cut), max(0, FACE_SIZE - cut) + 1):
             samples = torch.from_numpy(mirrored[start + FACE_SIZE - 1:][:cut])
-            weights = _resize_matrix(cut, size, "bicubic", torch.device("cpu"))
+            weights = _resize_matrix(cut, size, "bicubic")
             matrices.append(torch.zeros(FACE_SIZE, size).index_add_(0, samples, weights))
     return torch.stack(matrices).to(device), np.array(first), abs(FACE_SIZE - np.array(cuts)) + 1
 
@@ -575,8 +574,7 @@ def _crop_table(cuts, size, device):
 def _degradation_tables(size, scale, device):
     """Weights of the KERNELS for a reduction, (K, size, size / scale), whether they are Pillow's, (K,), and weights
     of the BLURS and SOFT_BLURS, (12, size, size)."""
-    cpu = torch.device("cpu")
-    return (torch.stack([_resize_matrix(size, size // scale, kernel, cpu) for kernel in KERNELS]).to(device),
+    return (torch.stack([_resize_matrix(size, size // scale, kernel) for kernel in KERNELS]).to(device),
             torch.tensor([not kernel.startswith("cv2-") for kernel in KERNELS], device=device),
             torch.stack([_blur_matrix(size, sigma * scale) for sigma in BLURS + SOFT_BLURS]).to(device))
 
@@ -609,11 +607,11 @@ def downscale(hr, scale, kernel="bicubic"):
     return _resample(hr * 255, columns, rows, not kernel.startswith("cv2-")) / 255
 
 
-def _blur(levels, scale, which, sigmas):
-    """Blur those of (N, 3, S, S) levels that `which` lists, in place, by the BLURS + SOFT_BLURS at `sigmas`."""
+def _blur(levels, scale, which, blurs):
+    """Blur those of (N, 3, S, S) levels that `which` lists, in place, by the BLURS + SOFT_BLURS at `blurs`."""
     if len(which):
         blur = _degradation_tables(levels.shape[-1], scale, levels.device)[2]
-        blur = blur[torch.from_numpy(sigmas).to(levels.device)][:, None]
+        blur = blur[torch.from_numpy(blurs).to(levels.device)][:, None]
         levels[which] = _resample(levels[which], blur, blur, False)
 
 
@@ -627,7 +625,7 @@ def degrade(hr, scale, rng, rank=0, world=1):
     shares = np.array([share for _, share in KERNELS.values()])
     kernels = rng.choice(len(KERNELS), total, p=shares / shares.sum())
     hurt = rng.random((3, total)) < np.where(rng.random(total) < HURT, [[BLURRED], [NOISY], [COMPRESSED]], 0)
-    sigmas, qualities = rng.integers(0, len(BLURS), total), rng.integers(40, 96, total)
+    blurs, qualities = rng.integers(0, len(BLURS), total), rng.integers(40, 96, total)
     noise = {i: rng.standard_normal((3, small, small), dtype=np.float32) * np.float32(rng.uniform(1, 8))
              for i in np.flatnonzero(hurt[1])}
     noise = [noise[i] for i in range(total)[mine] if i in noise]
@@ -635,7 +633,7 @@ def degrade(hr, scale, rng, rank=0, world=1):
 
     reductions, pillow, _ = _degradation_tables(size, scale, device)
     levels = hr * 255
-    _blur(levels, scale, blurred, sigmas[mine][blurred])
+    _blur(levels, scale, blurred, blurs[mine][blurred])
     kernels = torch.from_numpy(kernels[mine]).to(device)
     reduction = reductions[kernels][:, None]
     lr = _resample(levels, reduction, reduction, pillow[kernels][:, None, None, None])
@@ -695,7 +693,7 @@ class FaceBatches:
     def __init__(self, faces, batch_size=16, patch_size=64, scale=4, degradation="mixed", seed=0, rank=0, world=1,
                  device=None):
         self.faces, self.batch_size, self.patch_size, self.scale = faces, batch_size, patch_size, scale
-        self.degradation, self.seed, self.rank, self.world = degradation, seed, rank, world
+        self.mixed, self.seed, self.rank, self.world = degradation == "mixed", seed, rank, world
         self.device = device or faces.device
         cuts = tuple(round(patch_size / zoom) for zoom in ZOOMS)
         self.crops, self.first, self.number = _crop_table(cuts, patch_size, self.device)
@@ -714,15 +712,15 @@ class FaceBatches:
         # Drawn for the whole batch, so that each process draws the same.
         rng = np.random.default_rng([self.seed, 1, step])
         index = [self._index(step * self.batch_size + i) for i in range(self.batch_size)]
-        turned = rng.random(self.batch_size) < TURNED * (self.degradation == "mixed")
+        turned = rng.random(self.batch_size) < TURNED * self.mixed
         angles = rng.uniform(-30, 30, self.batch_size)
         # Turned ones are reduced, which hides that turning has softened them.
-        cuts = np.where(turned, rng.integers(2, len(ZOOMS), self.batch_size), rng.choice(
-            len(ZOOMS), self.batch_size, p=ZOOM_SHARES)) * (self.degradation == "mixed")
+        cuts = self.mixed * np.where(turned, rng.integers(2, len(ZOOMS), self.batch_size),
+                                     rng.choice(len(ZOOMS), self.batch_size, p=ZOOM_SHARES))
         places = self.first[cuts] + (rng.random((2, self.batch_size)) * self.number[cuts]).astype(int)
         flips = rng.random(self.batch_size) < 0.5
-        soft = rng.random(self.batch_size) < SOFTENED * (self.degradation == "mixed")
-        sigmas = len(BLURS) + rng.integers(0, len(SOFT_BLURS), self.batch_size)
+        soft = rng.random(self.batch_size) < SOFTENED * self.mixed
+        blurs = len(BLURS) + rng.integers(0, len(SOFT_BLURS), self.batch_size)
 
         mine = slice(self.rank, None, self.world)
         faces = self.faces[torch.tensor(index[mine], device=self.faces.device)]
@@ -733,9 +731,9 @@ class FaceBatches:
         if len(which := np.flatnonzero(turned[mine])):
             faces[which] = turn(faces[which], angles[mine][which])
         hr = _resample(faces, columns, rows, True)
-        _blur(hr, self.scale, which := np.flatnonzero(soft[mine]), sigmas[mine][which])
+        _blur(hr, self.scale, which := np.flatnonzero(soft[mine]), blurs[mine][which])
         hr = torch.where(torch.from_numpy(flips[mine]).to(self.device)[:, None, None, None], hr.flip(-1), hr) / 255
-        if self.degradation == "mixed":
+        if self.mixed:
             return degrade(hr, self.scale, np.random.default_rng([self.seed, 2, step]), self.rank, self.world), hr
         return downscale(hr, self.scale), hr
 

@@ -32,7 +32,7 @@ from loss import (FACES, STUDY_KEYS, STUDY_STYLE, LossError, Study, added_detail
                   compare, fit, load_lpips, photo_rows, photo_sentence, photo_table, plot_comparison, pointed, report,
                   report_study, sample_faces, write_csv)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Networks, Picture,
-                   enlargement, locked, photo_suffix, read_extras, restore_photos, select_device, shown_share, upscale,
+                   enlargement, locked, photo_suffix, read_extras, restore_photos, select_device, shown_share,
                    upscale_pictures, upscale_reduced, write_result, write_results)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
@@ -85,7 +85,7 @@ def read_pictures(args, files, scale, taken, failed):
                 raise DataError(f"{path}: {width}x{height} pixels are no single face: --photo finds those in it, "
                                 "--as-is enlarges all of it by the network, which takes a while")
             output = choose_output(relative, args.output, taken, photo_suffix(path, alpha) if args.photo else ".png")
-            name = printable(output.relative_to(args.output).with_suffix(""))
+            name = printable(output.relative_to(args.output).with_suffix(output.suffix * args.photo))
             side = 0 if args.photo else max(height, width)
             hint = f"more than {FACE_AT_MOST} pixels, taken for one face; --photo finds faces" if side > FACE_AT_MOST \
                 else f"less than {TINY} pixels; --scale 8 is better for that" if 0 < side < TINY and scale == 4 else ""
@@ -139,7 +139,7 @@ def main(args):
         elif picture.hr is not None or show:
             added = added_detail(upscale_reduced(faithful, picture.lr, picture.share, networks.tiny(0)),
                                  sr) if show and faithful else None
-            row, line = compare(picture, sr, generator.scale, added, args.kernel, lpips)
+            row, line = compare(picture, sr, added, args.kernel, lpips)
             rows = [row]
         try:
             writing.result()
@@ -209,7 +209,7 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 :is(#photo, .below, #compare:not(.fullscreen)) {padding-top: 28px !important}    /* labels above, not upon, pictures */
 :is(#compare, .below):not(.fullscreen) .icon-button-wrapper {top: -28px} label:has(:disabled) {opacity: .45}
 #work {display: grid; gap: 16px; grid-template: auto auto 1fr / minmax(300px, 1fr) minmax(0, 2fr)}
-#show {grid-area: 1 / 2 / 4} #status {min-height: 3em} footer {display: none} #cancel:disabled {visibility: hidden}
+#show {grid-area: 1 / 2 / 4} #status {min-height: 3em} #cancel:disabled {visibility: hidden}
 #compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: min(450px, 84vw) !important}
 #compare.fullscreen {height: 100% !important} #compare.fullscreen img {height: 96vh !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
@@ -278,11 +278,11 @@ class Workshop:
     def __init__(self, args, folder):
         self.args, self.folder, self.jobs, self.found = args, folder, {}, defaultdict(list)
         self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
-        self.last = functools.lru_cache(1000)(lambda page: SimpleNamespace(when=0, seen=(None, 0, None), moved=False))
+        self.last = functools.lru_cache(1000)(lambda page: SimpleNamespace(when=0, seen=None, moved=False))
         self.device = select_device(args.device)
         self.networks = Networks(args.checkpoint, self.device, args.precision)
         self.files, self.scale, self.has_knob = self.networks.files, self.networks.scale, self.networks.has_knob
-        upscale(self.networks(args.strength), np.zeros((1, 32, 32, 3), np.uint8))       # the first one is slow
+        self.suited = lambda lr: self.networks.suited(max(lr.shape))[1]     # the enlargement for a picture of one face
 
     async def work(self, request, method, *arguments, when=0):
         """Carry out method(job, *arguments) in a thread: yield what it is at from time to time, at the end its result,
@@ -340,7 +340,7 @@ class Workshop:
         background = "bicubic" if faces_only else None
         return next(restore_photos(networks, [picture], self.args.batch_size, strength, None, background))[1]
 
-    def read(self, path, output, scale, shrink=False, whole=True):
+    def read(self, path, scale=1, shrink=False, whole=False):
         """Read an upload as a Picture; nothing else of this machine, whatever a request names. Raises DataError."""
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise DataError("This picture was not uploaded here")
@@ -360,22 +360,21 @@ class Workshop:
                 (lr, hr), alpha = simulate(lr, scale, self.args.kernel, self.args.damage), None
         except DataError as error:
             raise DataError(str(error).replace(str(path), path.name)) from None
-        return Picture(path.stem, output, lr, alpha, hr, found=self.found[path], extras=read_extras(path))
+        return Picture(path.stem, None, lr, alpha, hr, found=self.found[path], extras=read_extras(path))
 
     def enlarge(self, job, path, strength, shrink, added, whole, scale, marked=(), faces_only=False):
         """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, to fit a
         screen), LR, truth and what was invented, or None, a photograph's faces with captions, and a line about it."""
         started, folder = time.monotonic(), Path(tempfile.mkdtemp(dir=self.folder))
-        picture = replace(self.read(path, folder / f"{path.stem}_x{scale}.png", scale, shrink, whole), marked=marked)
+        picture = replace(self.read(path, scale, shrink, whole), marked=marked)
         photo = not whole and not shrink and bool(max(picture.lr.shape) > FACE_AT_MOST or marked)
         sr = self.restore(job, picture, strength, photo, scale, faces_only)
         factor = len(sr) // len(picture.lr)
-        if photo:
-            restored = any(patch.action == "restored" for patch in picture.patches)
-            what = "restored" if restored else f"x{factor}"
-            picture.output = folder / f"{path.stem}_{what}{photo_suffix(path, picture.alpha)}"
+        restored = any(patch.action == "restored" for patch in picture.patches)
+        suffix = photo_suffix(path, picture.alpha) if photo else ".png"
+        picture.output = folder / f"{path.stem}_{'restored' if restored else f'x{factor}'}{suffix}"
         write_result(picture, sr)
-        bicubic, scores = rescale(picture.lr, factor), {} if picture.hr is None else compare(picture, sr, scale)[1]
+        bicubic, scores = rescale(picture.lr, factor), {} if picture.hr is None else compare(picture, sr)[1]
         plain = [(face, wish if isinstance(wish, str) else "restored") for face, wish in marked]
         faithful = added and self.restore(job, replace(picture, marked=plain), 0, photo, scale, faces_only)
         invented = fit(added_detail(faithful, sr), SCREEN) if added else None
@@ -391,7 +390,7 @@ class Workshop:
         line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
         line += "; mostly invented: another person may come out" * (not photo and max(picture.lr.shape) < TINY)
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
-        if not photo and factor != (suited := self.networks.suited(max(picture.lr.shape))[1]):
+        if not photo and factor != (suited := self.suited(picture.lr)):
             line += f"; for a face of this size, try {suited}x (under More)"
         if scores:
             line += ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), "
@@ -408,13 +407,16 @@ class Workshop:
         folder, taken, pairs, faces, notes = Path(tempfile.mkdtemp(dir=self.folder)), set(), [], [], []
         with zipfile.ZipFile(folder / "results.zip", "w") as pack:
             for number, path in enumerate(paths, 1):
+                if job.gone:            # a sharp photograph does not come to the network, which sees it otherwise
+                    raise CancelledError
                 job.text = f"Picture {number} of {len(paths)}"
                 try:
-                    picture = self.read(path, None, 4, whole=False)
+                    picture = self.read(path)
                     photo = max(picture.lr.shape) > FACE_AT_MOST
                     suffix = photo_suffix(path, picture.alpha) if photo else ".png"
                     picture.output = choose_output(Path(path.name), folder, taken, suffix)
-                    sr = self.restore(job, picture, strength, photo, self.networks.suited(max(picture.lr.shape))[1])
+                    picture.name = picture.output.name
+                    sr = self.restore(job, picture, strength, photo, self.suited(picture.lr))
                     write_result(picture, sr)
                     pack.write(picture.output, picture.output.name)
                     pair = np.hstack([rescale(picture.lr, len(sr) // len(picture.lr)), sr])
@@ -444,22 +446,23 @@ def build_app(workshop, study):
         try:
             async for result in workshop.work(
                     request, workshop.enlarge, path, strength, shrink, added, whole, scale, marked, only, when=when):
-                if result is None or isinstance(result, str):       # cancelled, or at work
-                    yield before | {cancel: gr.Button(interactive=bool(result))} | ({status: result} if result else {})
+                if result is None or isinstance(result, str):       # given up: a newer one shows something; or at work
+                    yield (before | {status: result} if result else {}) | {cancel: gr.Button(interactive=bool(result))}
                     before = {}
                 else:
                     last = workshop.last(request.session_hash)
                     moved, last.moved = last.moved, False
-                    yield shown(result, last.seen[1] * (last.seen[0] == photo), moved) | (
+                    yield shown(result, last.seen, moved) | (
                         {} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
         except (UsageError, DataError, CheckpointError, OSError, MemoryError) as error:
             yield ({} if isinstance(error, UsageError) else shown(None)) | {status: f"**{error or 'Out of memory'}**"}
 
-    def shown(result, face=0, moved=False):
-        """What the page shows of a result of Workshop.enlarge, or None: all of it, or a face, whose knob may move."""
+    def shown(result, seen=None, moved=False):
+        """What the page shows of Workshop.enlarge's result, or None: all or the Face seen, whose knob may move."""
         absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
         result = result or SimpleNamespace(faces=[], found={}, line="", strengths=[False], **absent)
-        face = face if face < len(result.faces) else 0
+        known = [None, *sum(result.found.values(), [])]
+        face = known.index(seen) if seen in known else 0        # its number may be another now
         pair = np.hsplit(result.faces[face][0], 2) if face else result.pair
         pictures = {pixels: result.lr, truth: result.hr, invented: result.invented}
         return {box: gr.Image(picture, visible=picture is not None) for box, picture in pictures.items()} | {
@@ -479,7 +482,7 @@ def build_app(workshop, study):
 
     def opened(path):
         with contextlib.suppress(DataError):
-            return workshop.read(Path(path or ""), None, 1, whole=False).lr
+            return workshop.read(Path(path or "")).lr
 
     def draw(path, face, found):
         return None if (picture := opened(path)) is None else aimed(picture, face, found.get(path, []))
@@ -496,14 +499,14 @@ def build_app(workshop, study):
 
     def begin(path, request: gr.Request):
         """The settings for a new picture: those of the one before may not fit it."""
-        workshop.last(request.session_hash).seen, picture = (None, 0, None), opened(path)
-        suited = workshop.scale if picture is None else workshop.networks.suited(max(picture.shape))[1]
+        workshop.last(request.session_hash).seen, picture = None, opened(path)
+        suited = workshop.scale if picture is None else workshop.suited(picture)
         return False, False, suited, "Working …", gr.DownloadButton(interactive=False)
 
     def look_at(path, made, found, event: gr.SelectData, request: gr.Request):
         pair = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
         face = found[path][event.index - 1] if event.index else None
-        vars(workshop.last(request.session_hash)).update(seen=(path, event.index, face), moved=False)
+        vars(workshop.last(request.session_hash)).update(seen=face, moved=False)
         return made[:2] if pair is None else tuple(np.hsplit(pair, 2)), own_knob(made[2][event.index]), face
 
     def own_knob(value):
@@ -512,11 +515,11 @@ def build_app(workshop, study):
     def mark(wish, path, face, marks):
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
 
-    def mark_strength(strength, marks, request: gr.Request):
+    def mark_strength(path, strength, marks, request: gr.Request):
         last = workshop.last(request.session_hash)
-        (path, _, face), last.moved = last.seen, True
+        face, last.moved = last.seen, True
         drawn = marks and marks[-1][:2] == (path, face) and not isinstance(marks[-1][2], str)      # one step of Undo
-        return [*marks[:len(marks) - bool(drawn)], (path, face, min(1, max(0, strength or 0)))]
+        return [*marks[:len(marks) - bool(drawn)], (path, face, min(1, max(0, strength or 0)))] if face else marks
 
     async def enlarge_all(files, strength, request: gr.Request):
         if not files or len(files) > FILES:
@@ -538,14 +541,15 @@ def build_app(workshop, study):
 
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
                               visible=False, elem_classes="below")
-    samples, titles, examples = [], [], {}
-    for name, face in sample_faces().items():
-        for scale, picture in ({n: simulate(face, n)[0] for n in sorted(workshop.files)} | {None: face}).items():
-            path = workshop.folder / f"{name}_{len(picture)}.png"
-            write_picture(path, picture)
-            examples.setdefault(scale, str(path))
-            samples.append([str(path), scale is None, scale or workshop.scale])
-            titles.append(f"{name.replace('_', ' ').title()}, {len(picture)} x {len(picture)}")
+    samples, titles, people = [], [], sample_faces()
+    given = [(name, simulate(face, n)[0], False, n) for name, face in people.items() for n in sorted(workshop.files)]
+    given += [(name, face, True, workshop.scale) for name, face in people.items()]
+    blurred = rescale(rescale(np.hstack([*people.values()]), 0.375), 8 / 3)
+    for name, picture, sharp, n in [*given, ("two_out_of_focus", blurred, False, workshop.scale)]:
+        write_picture(path := workshop.folder / f"{name}_{len(picture)}.png", picture)
+        samples.append([str(path), sharp, n])
+        titles.append("{}, {} x {}".format(name.replace("_", " ").title(), *picture.shape[1::-1]))
+    examples = {n: path for path, _, n in reversed(samples)}        # the first of each enlargement
     first = workshop.enlarge(None, Path(examples[workshop.scale]), workshop.args.strength, *[False] * 3, workshop.scale)
 
     with gr.Blocks(title="Face SRGAN", analytics_enabled=False) as app:
@@ -606,7 +610,7 @@ def build_app(workshop, study):
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
             photo.change(lambda: None, None, target, **hidden)
             faces.select(look_at, [photo, made, found], [slider, own, target], js=LOOK, **hidden)
-            own.input(mark_strength, [own, marks], marks, trigger_mode="always_last", **hidden)
+            own.input(mark_strength, [photo, own, marks], marks, trigger_mode="always_last", **hidden)
             gr.on([photo.change, target.change, found.change], draw, [photo, target, found], view, **hidden)
             view.select(aim, [photo, share, found], [target, share], **hidden)
             share.input(set_size, [photo, target, share], target, **hidden)
@@ -632,22 +636,21 @@ def build_app(workshop, study):
 
 def serve(args):
     """Start the interface and stay until it is stopped; return the exit status."""
-    # Read when Gradio is imported or its components are made. Uploads are in our own folder, and go with it.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for remains in Path(tempfile.gettempdir()).glob("face-srgan-*"):        # of processes that were killed
         with contextlib.suppress(OSError), locked(remains) as dead:
             if dead:
                 shutil.rmtree(remains)
     with tempfile.TemporaryDirectory(prefix="face-srgan-", ignore_cleanup_errors=True) as folder, locked(folder):
-        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ["GRADIO_TEMP_DIR"] = folder      # so uploads go with it
         try:
             import gradio as gr
             from starlette.middleware import Middleware
         except ImportError:
             raise UsageError("--ui needs Gradio: pip install -r requirements.txt") from None
         workshop = Workshop(args, Path(folder))
-        app = build_app(workshop, args.study and Study(workshop, args.study, args.output / "ratings.csv", args.seed))
+        ratings = args.output / "ratings.csv"
+        app = build_app(workshop, args.study and Study(workshop.networks, args.study, ratings, args.seed))
         try:
             _, address, _ = app.launch(
                 server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True,

@@ -71,9 +71,6 @@ class VGGFeatures(nn.Module):
         except (AttributeError, KeyError, RuntimeError):
             raise LossError(f"{weights}: no VGG19 state dict in torchvision's layout that reaches "
                             f"{layer}; choose another file or --vgg-layer") from None
-        for module in self.layers:
-            if isinstance(module, nn.ReLU):
-                module.inplace = False
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.eval().requires_grad_(False)
@@ -176,15 +173,14 @@ class GeneratorLoss(nn.Module):
         return sum(weight * terms[name] for name, weight in self.weights.items()), terms
 
 
+# Scores and figures ------------------------------------------------------------------------------
+
 # The tables of scores and of faces that inference.py writes; `is_result` knows them by their beginning.
 METRICS = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic",
            "psnr_y_bicubic", "ssim_y_bicubic", "lr_psnr")
 LPIPS = "lpips", "lpips_bicubic"        # columns more, if asked for
-FACES = ("image", "face", "x", "y", "size", "angle", "score", "working_size", "action",
-         "strength")
+FACES = ("image", "face", "x", "y", "size", "angle", "score", "working_size", "action", "strength")
 
-
-# Scores and figures ------------------------------------------------------------------------------
 
 def luma(picture):
     """BT.601 luma in studio range, 16 to 235: (H, W, 3) uint8 RGB -> (H, W) float."""
@@ -286,11 +282,11 @@ def shortened(text, length):
     return text if len(text) <= length else f"{text[:length // 2 - 1]}…{text[len(text) - length + length // 2:]}"
 
 
-def compare(picture, sr, scale, added=None, kernel="bicubic", lpips=None):
+def compare(picture, sr, added=None, kernel="bicubic", lpips=None):
     """Compare a result with bicubic and, where it is known, the ground truth: (its row for `plot_comparison`, with the
     picture `added` at its end, its line of metrics.csv or {}). Of a large picture, the part with most detail.
     LR-PSNR: the result, reduced again by `kernel`, against the LR that was given. `lpips` comes from `load_lpips`."""
-    shown, part, large = picture.lr, picture.lr, sr.shape[0] // len(picture.lr)
+    shown, part, scale = picture.lr, picture.lr, len(sr) // len(picture.lr)
     top, left, side = 0, 0, max(shown.shape)
     if side > 128:
         side = min(64, *shown.shape[:2])
@@ -299,7 +295,7 @@ def compare(picture, sr, scale, added=None, kernel="bicubic", lpips=None):
         detail = detail[:len(gray) - side + 1, :len(gray[0]) - side + 1]
         top, left = (int(place) for place in np.unravel_index(detail.argmax(), detail.shape))
         part, shown = part[top:top + side, left:left + side], frame(shown.copy(), top, left, side)
-    window = np.s_[top * large:(top + side) * large, left * large:(left + side) * large]
+    window = np.s_[top * scale:(top + side) * scale, left * scale:(left + side) * scale]
     row = [("low resolution", shown, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"),
            ("bicubic", rescale(part, scale), ""), ("ours" if picture.sr is None else "result", sr[window], "")]
     scores = {}
@@ -371,7 +367,7 @@ def face_pairs(picture, sr):
     def cut(patch, image, n):
         if patch.turn % 90:
             face = replace(patch.face, x=patch.face.x * n, y=patch.face.y * n, size=patch.side * n)
-            return cut_face(image, face, 256)[0]
+            return cut_face(image, face, 256)
         square = image[patch.top * n:, patch.left * n:][:patch.side * n, :patch.side * n]
         return resize(np.rot90(square, patch.turn // 90), 256)
 
@@ -541,7 +537,7 @@ def append_rating(path, values):
 class Study:
     """The pictures of a study, who is to see which next, and the file of ratings."""
 
-    def __init__(self, workshop, folder, ratings, seed):
+    def __init__(self, networks, folder, ratings, seed):
         self.ratings, self.seed, self.faces, self.pictures = ratings, seed, [], {}
         if ratings.exists():
             read_ratings(ratings)
@@ -554,10 +550,10 @@ class Study:
                 print(f"inference.py: {error}; left out", file=sys.stderr)
                 continue
             name = printable(path.relative_to(folder))
-            lr, _ = simulate(face, workshop.scale)
-            ours = (upscale(workshop.networks(strength), [lr])[0] for strength in (0, 1))
-            nearest = lr.repeat(workshop.scale, axis=0).repeat(workshop.scale, axis=1)
-            blurred = rescale(lr, workshop.scale)
+            lr, _ = simulate(face, networks.scale)
+            ours = (upscale(networks(strength), [lr])[0] for strength in (0, 1))
+            nearest = lr.repeat(networks.scale, axis=0).repeat(networks.scale, axis=1)
+            blurred = rescale(lr, networks.scale)
             self.faces.append(name)
             self.pictures |= zip(((name, method) for method in METHODS), (face, nearest, blurred, *ours))
         if not self.faces:

@@ -276,9 +276,9 @@ def load_checkpoint(path):
         training = dict(content["training"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         raise CheckpointError(f"{path}: not a generator checkpoint of this project (format {FORMAT})") from None
-    if content.get("checksum", checksum(weights)) != checksum(weights):
+    if content.get("checksum") not in (None, checksum(weights)):
         raise CheckpointError(f"{path}: damaged, the weights are not those that were written")
-    if not all(tensor.isfinite().all() and (tensor.min() >= 0 or not name.endswith("running_var"))
+    if not all(tensor.isfinite().all() and (not name.endswith("running_var") or tensor.min() >= 0)
                for name, tensor in generator.state_dict().items()):
         raise CheckpointError(f"{path}: holds weights that are not finite, or negative variances")
     return generator.eval(), training
@@ -297,12 +297,15 @@ def load_generator(checkpoint, strength=1, device=torch.device("cpu"), precision
 
 
 class Networks:
-    """A checkpoint, and the SRResNet and those of the other scale that lie beside it, as generators that are ready for
-    inference: networks(strength, scale), each loaded when it is first asked for; by default, its own scale."""
+    """A checkpoint, and the SRResNet and those of the other scale that lie beside it, under the same name, ready for
+    inference: networks(strength, scale), each loaded when it is first asked for; by default, of its own scale. The
+    paths are in `files`, by scale."""
 
     def __init__(self, checkpoint, device=torch.device("cpu"), precision="float32"):
-        self.files = siblings(checkpoint)                                       # by scale
-        self.scale = next(scale for scale, path in self.files.items() if path == checkpoint)
+        self.scale = load_checkpoint(checkpoint)[0].scale
+        names = {scale: re.sub(r"_x\d\.pth$", f"_x{scale}.pth", checkpoint.name) for scale in (4, 8)}
+        self.files = {scale: checkpoint.with_name(name) for scale, name in names.items()
+                      if name != checkpoint.name and checkpoint.with_name(name).exists()} | {self.scale: checkpoint}
         self.has_knob = all(path.with_name(f"srresnet_x{scale}.pth").exists() for scale, path in self.files.items())
         self.load = functools.lru_cache(maxsize=48)(                            # the knob has 21 places
             lambda strength, scale: load_generator(self.files[scale], strength, device, precision))
@@ -325,13 +328,6 @@ class Networks:
         scale = 8 if side < TINY and 8 in self.files else min(self.files)
         part = 1 if not self.has_knob else 0.5 if side >= CLEAR else 0.7 if side < TINY and scale == 8 else 1
         return round(strength * part, 2) if own is None else own, scale
-
-
-def siblings(checkpoint):
-    """List a checkpoint and those of other scales that lie beside it under the same name: a dict scale -> path."""
-    found = {scale: checkpoint.with_name(re.sub(r"_x\d\.pth$", f"_x{scale}.pth", checkpoint.name)) for scale in (4, 8)}
-    others = {scale: path for scale, path in found.items() if path != checkpoint and path.exists()}
-    return others | {load_checkpoint(checkpoint)[0].scale: checkpoint}
 
 
 class AtWork(nn.Module):
@@ -416,7 +412,7 @@ class Picture:
     hr: np.ndarray | None = None        # (sH, sW, 3) uint8
     sr: np.ndarray | None = None        # the same, where it is finished already, and only to be scored
     share: float = 1                    # of its pixels a side that show anything: less of a face that is blurred
-    found: list = field(default_factory=list)       # of a photograph, its Faces, if they are known already
+    found: list = field(default_factory=list)       # once they are known, [the Faces of a photograph]
     patches: list = field(default_factory=list)     # what becomes of them
     marked: list = field(default_factory=list)      # (Face, wish) that somebody has pointed at: see `make_patches`
     extras: dict = field(default_factory=dict)      # its colour profile and EXIF data
@@ -451,7 +447,7 @@ def keep_tone(lr, sr):
     sample = cv2.resize(full_contrast(lr), (12, 12), interpolation=cv2.INTER_AREA).reshape(-1, 3) / 255     # not noise
     gray = sample @ (0.299, 0.587, 0.114)
     curves, tints = np.vander(gray, 3), sample[:, ::2] - gray[:, None]
-    if np.square(tints - curves @ np.linalg.lstsq(curves, tints)[0]).sum(1).mean() > TONED ** 2:
+    if np.square(tints - curves @ np.linalg.lstsq(curves, tints, rcond=None)[0]).sum(1).mean() > TONED ** 2:
         return
     enlarged = rescale(lr, len(sr) // len(lr))
     for top in range(0, len(sr), 512):      # large ones need not lie in memory in 16 bits
@@ -577,6 +573,7 @@ class Patch:
     left: int
     side: int
     working_size: int
+    given: int                          # pixels a side of lr, before it is tried in fewer
     action: str                         # "restored"; left alone: "sharp", "small" (too small), "kept" (as asked)
     lr: np.ndarray                      # upright, of the size that the network is given
     turn: float                         # degrees by which that took to turn it counterclockwise
@@ -632,10 +629,11 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
                 size = given = most
             given = max(min(32, given), round(part * given))
             if given < side and abs(face.angle - turn) > TILT and face.score > SURE:
-                lr, turn = cut_face(photo, replace(face, size=side), given)[0], face.angle
+                lr, turn = cut_face(photo, replace(face, size=side), given), face.angle
             elif given < side:
                 lr = resize(lr, given)
-        patches.append(Patch(face, top, left, side, size, action, lr, turn, blurred and action == "restored", strength))
+        blurred = blurred and action == "restored"
+        patches.append(Patch(face, top, left, side, size, len(lr), action, lr, turn, blurred, strength))
     return patches
 
 
@@ -700,7 +698,7 @@ def enlarge_background(generator, picture):
 
 def enlargement(photo, factor=None, patches=()):
     """How many times a photograph is enlarged: to a handy size; what is made of blurred faces, by at most four."""
-    most = max((16 * len(patch.lr) / patch.side if patch.blurred else 4 for patch in patches), default=4)
+    most = max((16 * patch.given / patch.side if patch.blurred else 4 for patch in patches), default=4)
     return factor or next(n for n in (4, 2, 1) if photo[..., 0].size <= 16e6 / n ** 2 and n <= most or n == 1)
 
 
@@ -739,9 +737,9 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
 
     group, pixels = [], 0
     for picture in photos:
-        picture.found[:] = picture.found or find_faces(picture.lr)
+        picture.found[:] = picture.found or [find_faces(picture.lr)]
         smallest = SMALLEST[8 if 8 in networks.files else 4]
-        faces = make_patches(picture.lr, picture.found, enlargement(picture.lr, factor), smallest, picture.marked)
+        faces = make_patches(picture.lr, picture.found[0], enlargement(picture.lr, factor), smallest, picture.marked)
         group.append((picture, enlargement(picture.lr, factor, faces), faces))
         pixels += picture.lr.shape[0] * picture.lr.shape[1]
         if pixels > 4e6 or sum(len(patches) for _, _, patches in group) >= batch_size:

@@ -137,7 +137,7 @@ def validate(generator, faces, device, features=None):
     pictures = [Picture(f"{i}", None, lr, hr=hr) for i, (lr, hr) in enumerate(pairs)]
     lines, sheet = [], []
     for picture, sr in upscale_pictures(generator, pictures, batch_size=16):
-        row, line = compare(picture, sr, generator.scale)
+        row, line = compare(picture, sr)
         if features is not None:
             with torch.no_grad():
                 line["vgg"] = vgg_distance(features, *(to_tensor([x]).to(device) for x in (sr, picture.hr))).item()
@@ -165,10 +165,10 @@ def plot_curves(log, path):
         colour = f"C{STAGES.index(stage)}"
         draw(psnr, stage, stage, lambda line: line["psnr"], colour)
         if "vgg" in last:
-            draw(vgg, stage, stage, lambda line: line["vgg"], colour)
+            draw(vgg, stage, stage, lambda line: line.get("vgg", math.nan), colour)
         for name in last["train"]:
             draw(outputs if name.startswith("d_") else losses, f"{name}, {stage}", stage,
-                 lambda line, name=name: line["train"][name])
+                 lambda line, name=name: line["train"].get(name, math.nan))
     psnr.axhline(lines[-1]["psnr_bicubic"], color="gray", label="bicubic")
     losses.set_yscale("log")
     outputs.set_ylim(0, 1)
@@ -368,11 +368,10 @@ class Stage:
         with self.autocast():
             sr = self.generate(lr)
         values = {}
-        if self.gan:
-            sr, hr = shifted(self.step, self.args.scale, sr, hr)
 
         # (1) update D: real pictures up, generated ones down.
         if self.gan:
+            sr, hr = shifted(self.step, self.args.scale, sr, hr)
             with self.autocast():
                 real_logits, fake_logits = self.discriminate(hr), self.discriminate(sr.detach())
                 loss = discriminator_loss(real_logits, fake_logits)
@@ -434,7 +433,7 @@ class Stage:
         tqdm.write(f"{self.name} step {self.step}: " + ", ".join(
             f"{name} {scores[name]:.4g}" for name in ("psnr", "psnr_bicubic", "ssim", "ssim_bicubic", "vgg")
             if name in scores))
-        if self.gan and means["d_real"] > 0.99 and means["d_fake"] < 0.01:
+        if means.get("d_real", 0) > 0.99 and means["d_fake"] < 0.01:
             tqdm.write("warning: the discriminator is saturated (D(real) > 0.99, D(fake) < 0.01); "
                        "the generator learns little from it")
 
@@ -589,7 +588,7 @@ def run_stage(stage, stop):
             last, stopping = stage.step == stage.steps, 0
             if stage.step % LOG_EVERY == 0:
                 bar.set_postfix({name: f"{value:.3g}" for name, value in stage.losses().items()})
-            if stage.step % LOG_EVERY == 0 or last or not dist.is_initialized():
+            if stage.step % LOG_EVERY == 0 or not dist.is_initialized():
                 stopping = stop.agreed(stage.device)
             if stage.main_process:
                 if args.keep_every and stage.step % args.keep_every == 0:

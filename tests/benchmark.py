@@ -33,10 +33,11 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from data_loader import find_images, resize, simulate, to_tensor, to_uint8  # noqa: E402
-from inference import CHECKPOINT, upscale  # noqa: E402
+from inference import CHECKPOINT  # noqa: E402
 from loss import VGG_LAYERS, GeneratorLoss, VGGFeatures, discriminator_loss, sample_faces  # noqa: E402
 from model import (  # noqa: E402
-    PRECISIONS, Discriminator, Generator, bicubic, device_name, load_checkpoint, select_device, select_dtype)
+    PRECISIONS, Discriminator, Generator, bicubic, device_name, load_checkpoint, select_device, select_dtype,
+    upscale)
 
 
 def row(what, ours, against="", ratio=""):

@@ -17,9 +17,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 import inference
 import model
 from data_loader import find_images, is_result, jpeg, read_image, rescale, simulate
-from inference import CHECKPOINT, upscale
+from inference import CHECKPOINT
 from loss import psnr, sample_faces
-from model import Generator, load_checkpoint, save_checkpoint
+from model import Generator, load_checkpoint, save_checkpoint, upscale
 
 ROOT = Path(inference.__file__).parent
 FIGURES = {"comparison.png", "metrics.csv"}

@@ -632,6 +632,13 @@ def test_a_large_picture_does_not_hold_up_a_face(workshop):
     assert len(widths) == 10 and widths.index(32) <= 2
 
 
+def test_a_folder_that_is_cancelled_stops_before_the_next_picture(workshop):
+    """Though all are sharp photographs, which the network never sees."""
+    path = save(workshop.folder / "photo.png", (900, 700))
+    with pytest.raises(inference.CancelledError):
+        workshop.enlarge_all(SimpleNamespace(gone=True), [path], 1)
+
+
 def test_the_faces_of_a_photograph_are_looked_for_once(workshop, monkeypatch):
     """Not again for other settings; after its deletion nothing of it is known any more."""
     seen = []
@@ -642,6 +649,11 @@ def test_the_faces_of_a_photograph_are_looked_for_once(workshop, monkeypatch):
     os.utime(path, (1, 1))
     workshop.sweep(set())
     assert path not in workshop.found
+    monkeypatch.setattr(model, "find_faces", lambda picture: seen.append("none") or [])
+    path = save(workshop.folder / "street.png", (90, 80))
+    for _ in range(2):
+        assert "no face" in workshop.enlarge(None, path, 1, False, False, False, 4).line
+    assert seen[1:] == ["none"]
 
 
 def test_uploads_are_deleted_under_load_and_samples_stay(workshop, tmp_path, monkeypatch):

@@ -164,14 +164,14 @@ def test_a_large_picture_is_compared_where_it_has_most_detail():
     hr = np.full((1200, 800, 3), 90, np.uint8)
     hr[640:720, 320:400] = rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)
     lr = np.array(Image.fromarray(hr).resize((200, 300), Image.Resampling.BICUBIC))
-    row, scores = compare(picture("a", lr, hr), hr, 4, added=255 - hr)
+    row, scores = compare(picture("a", lr, hr), hr, added=255 - hr)
     assert [title for title, _, _ in row] == ["low resolution", "bicubic", "ours", "ground truth", "added detail"]
     whole, enlarged, ours, truth, added = (part for _, part, _ in row)
     assert whole.shape == lr.shape and not np.array_equal(whole, lr)  # with a frame
     assert enlarged.shape == ours.shape == (256, 256, 3) and np.array_equal(ours, truth)
     assert np.array_equal(added, 255 - ours) and (ours != 90).all(2).sum() > 6000  # all of the detail
     assert scores["psnr"] == 100 and "100.00 dB" in row[2][2]
-    [small, *_], scores = compare(picture("b", lr[:40, :50]), hr[:160, :200], 4)
+    [small, *_], scores = compare(picture("b", lr[:40, :50]), hr[:160, :200])
     assert np.array_equal(small[1], lr[:40, :50]) and scores == {}
 
 

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 
 from data_loader import simulate, to_tensor, to_uint8, write_atomically
 from loss import sample_faces
-from inference import CHECKPOINT, upscale
+from inference import CHECKPOINT
 from model import (
     CONTENT,
     CheckpointError,
     DeviceError,
     Discriminator,
     Generator,
+    Networks,
     SubpixelConv2d,
     bicubic,
     interpolate,
@@ -27,7 +28,7 @@ from model import (
     save_checkpoint,
     select_device,
     select_dtype,
-    siblings,
+    upscale,
 )
 
 
@@ -342,9 +343,9 @@ def test_siblings_are_the_same_network_at_other_scales(tmp_path):
     for name, scale in names.items():
         save_checkpoint(tmp_path / name, Generator(scale, blocks=1, channels=8), {})
     four, eight = tmp_path / "srgan_x4.pth", tmp_path / "srgan_x8.pth"
-    assert siblings(four) == siblings(eight) == {4: four, 8: eight}
-    assert siblings(tmp_path / "srresnet_x4.pth") == {4: tmp_path / "srresnet_x4.pth"}
-    assert siblings(tmp_path / "mine.pth") == {8: tmp_path / "mine.pth"}
+    assert Networks(four).files == Networks(eight).files == {4: four, 8: eight} and Networks(eight).scale == 8
+    assert Networks(tmp_path / "srresnet_x4.pth").files == {4: tmp_path / "srresnet_x4.pth"}
+    assert Networks(tmp_path / "mine.pth").files == {8: tmp_path / "mine.pth"}
 
 
 def test_a_generator_is_loaded_as_the_flags_say(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,9 +20,9 @@ import inference
 import loss
 import model
 from data_loader import DataError, find_faces, read_image, rescale, resize, working_size
-from inference import CHECKPOINT, Picture, restore_photos, upscale
+from inference import CHECKPOINT, Picture, restore_photos
 from loss import FACES, aimed, pointed, psnr
-from model import CLEAR, blockiness, load_checkpoint
+from model import CLEAR, blockiness, load_checkpoint, upscale
 
 GRAY = 110
 
@@ -251,6 +252,7 @@ def test_a_face_that_the_network_leaves_blurred_goes_through_it_again_in_fewer_p
         sr, [patch] = restore(generator, photo, factor=1)
         details.append(cv2.Laplacian(sr[eyes], cv2.CV_64F).std())
         assert patch.working_size == 32 and len(patch.lr) == (24 if least else 32)
+        assert model.enlargement(photo, None, [replace(patch, side=200)]) == 2      # as it was decided before that
     assert details[0] > 3 * details[1]
     face = data_loader.jpeg(cv2.GaussianBlur(resize(skimage.data.astronaut()[30:200, 140:310], 137), (0, 0), 6.03), 75)
     share, alone = model.shown_share(face), []
@@ -404,7 +406,7 @@ def test_a_very_blurred_face_gets_less_strength_unless_it_has_its_own(portraits)
     del alone.files[8]
 
     def restored(networks, *marked, strength=1):
-        picture = Picture("", None, photo, found=[face], marked=marked)
+        picture = Picture("", None, photo, found=[[face]], marked=marked)
         list(restore_photos(networks, [picture], 16, strength, 1, "bicubic"))
         return picture.patches[0]
 
@@ -414,6 +416,12 @@ def test_a_very_blurred_face_gets_less_strength_unless_it_has_its_own(portraits)
     assert np.array_equal(usual.sr, upscale(networks(0.7, 8), [usual.lr])[0])
     assert restored(networks, strength=0.5).strength == 0.35 and restored(alone).strength == 1
     assert np.array_equal(restored(alone).sr, upscale(alone(1, 4), [restored(alone).lr])[0])
+
+
+def test_a_face_pointed_at_may_be_smaller_than_a_pixel(portraits):
+    photo, _ = compose(portraits, [("hopper", 40, 0, 0, 0)], 40, 40)
+    [patch] = model.make_patches(photo, [], 4, marked=[(data_loader.Face(20, 20, 0.4, 0, 1), "restored")])
+    assert (patch.action, patch.side) == ("small", 1)
 
 
 def test_a_wish_for_a_found_face_spares_its_neighbours(portraits):
@@ -490,8 +498,8 @@ def test_the_command_writes_the_picture_the_table_and_the_figure(portraits, tmp_
     for more in ([], ["--background", "bicubic"]):     # the second time over its own results
         assert inference.run(call + more) == 1
         said = capsys.readouterr()
-        assert "party: 2 faces, 1 restored, 1 left as is (sharp already)" in said.out
-        assert "sub/coffee: no face found" in said.out and "broken.jpg: not a picture" in said.err
+        assert "party.png: 2 faces, 1 restored, 1 left as is (sharp already)" in said.out
+        assert "sub/coffee.png: no face found" in said.out and "broken.jpg: not a picture" in said.err
         assert {path.name for path in out.rglob("*") if path.is_file()} == {
             "party.png", "coffee.png", "comparison.png", "faces.csv", "faces-2.csv"}
     assert (out / "faces.csv").read_text() == "mine"
@@ -501,7 +509,7 @@ def test_the_command_writes_the_picture_the_table_and_the_figure(portraits, tmp_
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == list(FACES)
     assert [(row["image"], row["face"], row["action"]) for row in rows] == [
-        ("party", "1", "restored"), ("party", "2", "sharp")]
+        ("party.png", "1", "restored"), ("party.png", "2", "sharp")]
     for row, (x, y, side, _) in zip(rows, truth):
         assert abs(float(row["x"]) - x) < 0.1 * side and abs(float(row["size"]) - side) < 0.15 * side
     call += ["--enlarge", "1"]
@@ -535,7 +543,7 @@ def test_cutting_a_set_to_train_on(portraits, tmp_path, capsys):
     assert "broken.jpg: not a picture" in done.stderr and "2 cut" in done.stdout and "1 not sharp" in done.stdout
     assert "smaller than 128" in done.stdout
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*"))
-    assert files == ["sub/party_one_png_1.png", "sub/party_one_png_2.png"]
+    assert [re.sub("_[0-9a-f]{8}_", "_X_", file) for file in files] == ["sub/party.one_X_1.png", "sub/party.one_X_2.png"]
     for file, (x, y, side, turn) in zip(files, truth):
         cut = read_image(out / file)[0]
         assert cut.shape == (128, 128, 3)
@@ -546,6 +554,9 @@ def test_cutting_a_set_to_train_on(portraits, tmp_path, capsys):
     capsys.readouterr()
     assert data_loader.cut_faces([tmp_path / "in"], out) == 1
     assert "2 already there" in capsys.readouterr().out and (out / files[0]).read_bytes() == b"mine"
+    (tmp_path / "other" / "sub").mkdir(parents=True)
+    Image.fromarray(photo[:, 269::-1]).save(tmp_path / "other" / "sub" / "party.one.png")       # another, named alike
+    assert data_loader.cut_faces([tmp_path / "other"], out) == 0 and len([*(out / "sub").iterdir()]) == 3
     assert data_loader.cut_faces([tmp_path / "none"], out) == 2
     assert "there is no such file" in capsys.readouterr().err
 

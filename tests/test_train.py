@@ -448,6 +448,15 @@ def test_a_full_disk_is_one_sentence_that_names_the_file(flags, tmp_path):
     assert "File too large" in done.stderr and train.STATE in done.stderr
 
 
+def test_curves_of_a_training_that_got_another_loss_on_the_way(tmp_path):
+    """As --resume --tv-weight does; before, there was none."""
+    line = dict(stage="srresnet", step=2, psnr=20, psnr_bicubic=19, train={"pixel": 0.1})
+    lines = [line, line | dict(step=4, vgg=0.2, train={"pixel": 0.1, "tv": 0.3})]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    train.plot_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
 def test_states_that_do_not_fit_are_one_sentence(flags, tmp_path):
     """Foreign and damaged ones, and a damaged log."""
     out = tmp_path / "out"
