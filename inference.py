@@ -544,8 +544,8 @@ def build_app(workshop, study):
     samples, titles, people = [], [], sample_faces()
     given = [(name, simulate(face, n)[0], False, n) for name, face in people.items() for n in sorted(workshop.files)]
     given += [(name, face, True, workshop.scale) for name, face in people.items()]
-    blurred = rescale(rescale(np.hstack([*people.values()]), 0.375), 8 / 3)
-    for name, picture, sharp, n in [*given, ("two_out_of_focus", blurred, False, workshop.scale)]:
+    blurred = rescale(rescale(np.hstack([*people.values()]), 0.34375), 32 / 11)
+    for name, picture, sharp, n in [*given, ("two_blurred_faces", blurred, False, workshop.scale)]:
         write_picture(path := workshop.folder / f"{name}_{len(picture)}.png", picture)
         samples.append([str(path), sharp, n])
         titles.append("{}, {} x {}".format(name.replace("_", " ").title(), *picture.shape[1::-1]))
