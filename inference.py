@@ -1,4 +1,4 @@
-"""Upscale pictures with a trained generator, score the result, draw comparisons.
+"""Upscale pictures with a trained generator, score the result, draw comparisons; exit status 1: some failed, 2: all.
 
     python inference.py                                  # a few sample faces: what this project does
     python inference.py FOLDER photo.png                 # upscale files and folders into results/

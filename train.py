@@ -36,7 +36,7 @@ from data_loader import FACE_SIZE, DataError, FaceBatches, load_split, simulate,
 from loss import (VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, compare, discriminator_loss, plot_comparison,
                   shifted, vgg_distance)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Discriminator, Generator,
-                   Picture, device_name, load_checkpoint, load_plain, locked, save_checkpoint,
+                   Picture, checksum, device_name, load_checkpoint, load_plain, locked, save_checkpoint,
                    save_plain, select_device, select_dtype, upscale_pictures)
 
 STAGES = ("srresnet", "srgan")
@@ -341,6 +341,7 @@ class Stage:
         """Load the weights that this stage starts from; return the facts of their training. From weights of a smaller
         scale, every further doubling begins as a copy of their last one."""
         pretrained, facts = load_checkpoint(path)
+        facts["checksum"] = checksum(pretrained.state_dict())       # which weights they were
         scale = min(pretrained.scale, generator.scale)
         if pretrained.architecture | {"scale": scale} != generator.architecture | {"scale": pretrained.scale}:
             raise TrainingError(f"{path} has the architecture {pretrained.architecture}, not "

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import data_loader
 import train
 from loss import Term
-from model import Discriminator, Generator, load_checkpoint, load_plain, save_checkpoint
+from model import Discriminator, Generator, checksum, load_checkpoint, load_plain, save_checkpoint
 
 ROOT = Path(train.__file__).parent
 TINY = ["--blocks", "1", "--channels", "8", "--patch-size", "20", "--batch-size", "4", "--device", "cpu"]
@@ -215,6 +215,7 @@ def test_srgan_starts_from_srresnet_and_leaves_it_alone(flags, tmp_path):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     facts = load_checkpoint(out / "srgan_x4.pth")[1]
     assert facts["pretraining"]["stage"] == "srresnet" and facts["faces"] == 10
+    assert facts["pretraining"]["checksum"] == checksum(load_checkpoint(out / "srresnet_x4.pth")[0].state_dict())
     assert str(tmp_path) not in str(facts)  # where somebody's data lie is nobody's business
 
 
