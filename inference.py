@@ -178,11 +178,10 @@ def main(args):
 
 # The interface ----------------------------------------------------------------------------------
 
-LARGEST = 16_000_000        # of what the network gives, or of a photograph: more would take minutes on a CPU
+LARGEST, PHOTOGRAPH = 16_000_000, 32_000_000        # pixels of what the network gives, and of a photograph: 25 s
 FACE_AT_MOST, SHARP_FROM = 64, 80       # pixels a side: what is larger is a photograph; what is smaller is not shrunk
 SCREEN = 2048               # pixels a side of what the slider shows
-FILES, WAITING = 200, 32    # pictures at a time in the Folder tab; pictures that one address may wait for
-KEPT = 10                   # minutes until an uploaded picture and its result are deleted
+FILES, WAITING, KEPT = 200, 32, 10      # pictures in a folder; that one address waits for; minutes until all is deleted
 
 INTRODUCTION = """# Face SRGAN
 Give a small or blurred face, or a photograph with some, and see it sharp. **What is added is invented**: one
@@ -197,7 +196,6 @@ LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 
 STAMP = "(...args) => (args[9] = Date.now(), args)"      # requests may overtake each other: the last wish counts
 PRIVACY = f"""Your pictures stay on the computer that runs this page, in a temporary folder, and are deleted after
 {KEPT} minutes or when the program ends. Nothing is sent to anybody else."""
-# Nothing on the page may ask another host for anything, whatever Gradio's templates refer to.
 POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 STYLE = """
 :root, .dark {--button-primary-background-fill: #9a3412; --button-primary-background-fill-hover: #7c2d12;
@@ -262,7 +260,7 @@ addEventListener("unhandledrejection", ({reason}) => reason && reason.name == "N
 
 
 def only_this_host(app):
-    """Wrap an ASGI app: the browser refuses every request of its pages to another host."""
+    """Wrap an ASGI app: the browser refuses all requests to another host, whatever Gradio's templates refer to."""
     async def wrapped(scope, receive, send):
         def with_policy(message):
             headers = [*message.get("headers", ()), (b"content-security-policy", POLICY)]
@@ -330,15 +328,20 @@ class Workshop:
                         self.found.pop(Path(path), None)
 
     def restore(self, job, picture, strength, photo, scale, faces_only=False):
-        """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces."""
+        """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces. Name it so."""
         if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
             raise UsageError("Strength is a number from 0 to 1")
         networks = self.networks.at_work(job or SimpleNamespace(gone=False), self.worker)
-        if not photo:
+        path, suffix, background = Path(picture.name), ".png", "bicubic" if faces_only else None
+        if photo:
+            suffix = photo_suffix(path, picture.alpha)
+            sr = next(restore_photos(networks, [picture], self.args.batch_size, strength, None, background))[1]
+        else:
             picture.share = shown_share(picture.lr) if picture.hr is None else 1
-            return upscale_reduced(networks(strength, scale), picture.lr, picture.share, networks.tiny(strength))
-        background = "bicubic" if faces_only else None
-        return next(restore_photos(networks, [picture], self.args.batch_size, strength, None, background))[1]
+            sr = upscale_reduced(networks(strength, scale), picture.lr, picture.share, networks.tiny(strength))
+        restored = any(patch.action == "restored" for patch in picture.patches)
+        picture.name = f"{path.stem}_{'restored' if restored else f'x{len(sr) // len(picture.lr)}'}{suffix}"
+        return sr
 
     def read(self, path, scale=1, shrink=False, whole=False):
         """Read an upload as a Picture; nothing else of this machine, whatever a request names. Raises DataError."""
@@ -346,7 +349,7 @@ class Workshop:
             raise DataError("This picture was not uploaded here")
         if not path.is_file():
             raise DataError(f"{path.name} has been deleted by now, as promised below; please give it again")
-        limit = LARGEST // scale ** 2 if whole and not shrink else LARGEST
+        limit = LARGEST // scale ** 2 if whole and not shrink else PHOTOGRAPH
         try:
             with open_image(path) as image:
                 width, height = image.size
@@ -360,7 +363,7 @@ class Workshop:
                 (lr, hr), alpha = simulate(lr, scale, self.args.kernel, self.args.damage), None
         except DataError as error:
             raise DataError(str(error).replace(str(path), path.name)) from None
-        return Picture(path.stem, None, lr, alpha, hr, found=self.found[path], extras=read_extras(path))
+        return Picture(path.name, None, lr, alpha, hr, found=self.found[path], extras=read_extras(path))
 
     def enlarge(self, job, path, strength, shrink, added, whole, scale, marked=(), faces_only=False):
         """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, to fit a
@@ -369,10 +372,7 @@ class Workshop:
         picture = replace(self.read(path, scale, shrink, whole), marked=marked)
         photo = not whole and not shrink and bool(max(picture.lr.shape) > FACE_AT_MOST or marked)
         sr = self.restore(job, picture, strength, photo, scale, faces_only)
-        factor = len(sr) // len(picture.lr)
-        restored = any(patch.action == "restored" for patch in picture.patches)
-        suffix = photo_suffix(path, picture.alpha) if photo else ".png"
-        picture.output = folder / f"{path.stem}_{'restored' if restored else f'x{factor}'}{suffix}"
+        factor, picture.output = len(sr) // len(picture.lr), folder / picture.name
         write_result(picture, sr)
         bicubic, scores = rescale(picture.lr, factor), {} if picture.hr is None else compare(picture, sr)[1]
         plain = [(face, wish if isinstance(wish, str) else "restored") for face, wish in marked]
@@ -386,7 +386,6 @@ class Workshop:
         line = "{1} x {0} → {3} x {2} pixels".format(*picture.lr.shape[:2], *sr.shape[:2])
         if photo:
             line += f"; {photo_sentence(picture, sr)} (missed one? Open “Change which faces …”)"
-            line += "" if restored else "; nothing was changed" if factor == 1 else "; only enlarged"
         line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
         line += "; mostly invented: another person may come out" * (not photo and max(picture.lr.shape) < TINY)
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
@@ -413,10 +412,9 @@ class Workshop:
                 try:
                     picture = self.read(path)
                     photo = max(picture.lr.shape) > FACE_AT_MOST
-                    suffix = photo_suffix(path, picture.alpha) if photo else ".png"
-                    picture.output = choose_output(Path(path.name), folder, taken, suffix)
-                    picture.name = picture.output.name
                     sr = self.restore(job, picture, strength, photo, self.suited(picture.lr))
+                    picture.output = choose_output(name := Path(picture.name), folder, taken, name.suffix)
+                    picture.name = picture.output.name
                     write_result(picture, sr)
                     pack.write(picture.output, picture.output.name)
                     pair = np.hstack([rescale(picture.lr, len(sr) // len(picture.lr)), sr])
@@ -424,6 +422,7 @@ class Workshop:
                     pairs += [(str(picture.output), path.name), *captioned_pairs(picture, sr, path.name)]
                     faces += photo_table(picture)
                     notes += [f"{path.name}: {photo_sentence(picture, sr)}"] * photo
+                    notes += [f"{path.name}: mostly invented"] * (not photo and max(picture.lr.shape) < TINY)
                 except (DataError, OSError) as error:
                     notes.append(str(error))
             done = len(pack.namelist())
@@ -474,7 +473,7 @@ def build_app(workshop, study):
             clock: gr.Timer(active=bool(result.file)), made: result.pair and (*result.pair, result.strengths)}
 
     def stop(request: gr.Request):
-        return "Cancelled. Whatever you change starts again." if workshop.cancel(request.session_hash) else gr.skip()
+        return "Cancelled." if workshop.cancel(request.session_hash) else gr.skip()
 
     def notice_deletion(made):
         gone = made and not Path(made[1]).exists()
@@ -512,7 +511,8 @@ def build_app(workshop, study):
     def own_knob(value):
         return gr.Slider(value=value or 0, visible=value is not False and workshop.has_knob)
 
-    def mark(wish, path, face, marks):
+    def mark(wish, path, face, marks, request: gr.Request):
+        workshop.last(request.session_hash).seen = face         # with the frame that it has now
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
 
     def mark_strength(path, strength, marks, request: gr.Request):
@@ -522,10 +522,9 @@ def build_app(workshop, study):
         return [*marks[:len(marks) - bool(drawn)], (path, face, min(1, max(0, strength or 0)))] if face else marks
 
     async def enlarge_all(files, strength, request: gr.Request):
-        if not files or len(files) > FILES:
-            yield [], None, f"Choose 1 to {FILES} pictures first."
-            return
         try:
+            if not files or len(files) > FILES:
+                raise UsageError(f"Choose 1 to {FILES} pictures first")
             async for result in workshop.work(request, workshop.enlarge_all, list(map(Path, files)), strength):
                 if result is None or isinstance(result, str):
                     yield gr.skip(), gr.skip(), result or gr.skip()
@@ -535,9 +534,9 @@ def build_app(workshop, study):
         except (DataError, CheckpointError, UsageError, OSError, MemoryError) as error:
             yield [], None, f"**{error or 'Not enough memory'}**"
 
-    def make_knob():
-        return gr.Slider(0, 1, workshop.args.strength, step=0.05, label="Strength", interactive=workshop.has_knob,
-                         info="0: faithful and soft. 1: vivid and sharp, more of it invented.", buttons=[])
+    make_knob = functools.partial(
+        gr.Slider, 0, 1, workshop.args.strength, step=0.05, label="Strength", interactive=workshop.has_knob, buttons=[],
+        info="0: faithful and soft. 1: vivid and sharp, more of it invented.")
 
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
                               visible=False, elem_classes="below")
@@ -615,10 +614,10 @@ def build_app(workshop, study):
             view.select(aim, [photo, share, found], [target, share], **hidden)
             share.input(set_size, [photo, target, share], target, **hidden)
             for button, wish in ((point, "restored"), (leave, "kept")):
-                button.click(functools.partial(mark, wish), [photo, target, marks], marks, js=LOOK, **hidden)
-            undo.click(lambda marks: marks[:-1], marks, marks, **hidden)
+                button.click(mark, [gr.State(wish), photo, target, marks], marks, js=LOOK, **hidden)
+            undo.click(lambda marks: marks[:-1] if marks else gr.Info("Nothing to undo.") or [], marks, marks, **hidden)
         with gr.Tab("Folder"):
-            files = gr.File(file_count="multiple", height=180, label=f"Up to {FILES} pictures, of 16 megapixels")
+            files = gr.File(file_count="multiple", height=180, label=f"Up to {FILES} pictures, of 32 megapixels")
             same = make_knob()
             with gr.Row():
                 go, end = gr.Button("Upscale all", variant="primary"), gr.Button("Cancel")

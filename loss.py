@@ -415,12 +415,14 @@ def photo_sentence(picture, sr):
     patches, factor = picture.patches, len(sr) // len(picture.lr)
     numbers = Counter(patch.action for patch in patches)
     tiny = sum(patch.action == "restored" and len(patch.lr) < TINY for patch in patches)
-    parts = [f"{numbers['restored']} restored" + f" ({tiny} of them mostly invented)" * bool(tiny)]
+    parts = [f"{numbers['restored']} restored" + f" ({tiny} of them mostly invented)" * bool(tiny)] * bool(patches)
     words = {"sharp": "left as is (sharp already)", "kept": "left as is (as asked)", "small": "too small"}
     parts += [f"{numbers[action]} {text}" for action, text in words.items() if numbers[action]]
     if factor == enlargement(picture.lr, None, patches) < enlargement(picture.lr):
         parts += [f"{f'enlarged {factor} times only' if factor > 1 else 'not enlarged'}, since the faces are blurred"]
-    return f"{len(patches)} face{'s' * (len(patches) != 1)}, {', '.join(parts)}" if patches else "no face found"
+    if not numbers["restored"]:
+        parts.append("nothing was changed" if factor == 1 else "only enlarged")
+    return ", ".join([f"{len(patches)} face{'s' * (len(patches) != 1)}" if patches else "no face found", *parts])
 
 
 def photo_table(picture):
