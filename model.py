@@ -297,9 +297,8 @@ def load_generator(checkpoint, strength=1, device=torch.device("cpu"), precision
 
 
 class Networks:
-    """A checkpoint, and the SRResNet and those of the other scale that lie beside it, under the same name, ready for
-    inference: networks(strength, scale), each loaded when it is first asked for; by default, of its own scale. The
-    paths are in `files`, by scale."""
+    """A checkpoint, its SRResNet, and those of the other scale beside it (`files`, by scale): networks(strength, scale)
+    gives one that is ready for inference, loaded when first asked for; by default, of the checkpoint's scale."""
 
     def __init__(self, checkpoint, device=torch.device("cpu"), precision="float32"):
         self.scale = load_checkpoint(checkpoint)[0].scale
@@ -559,7 +558,7 @@ CLEAR = 76                  # pixels: from here on, half the strength is as good
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
 TILT, SURE = 10, 0.85       # degrees and score, from which on blurred faces are turned upright (LPIPS 0.051 for 0.068)
-AROUND = 256                # pixels a side, reduced as blurred faces are: what is restored around them, for speed
+AROUND, GRAIN = 256, 0.5    # pixels a side, reduced as the face, of what is restored around it; share of grain it keeps
 GAIN = 2.7                  # in detail: below, the network has left a face as it was (else 2.8 to 17; 16 faces)
 LEFT = ("sharp", "kept")    # what is done with faces that the network must not touch
 BLOCKS, CODED = 1.12, 48    # from a JPEG of a quality of some 80 or less, that many pixels: what is more is its pattern
@@ -660,7 +659,7 @@ def paste_face(patch, canvas, factor):
 def restore_surroundings(generator, photo, patch, canvas, factor, most):
     """Restore what lies around a blurred face, as far as `most` pixels, reduced like it, reach, or it is wide: what is
     as blurred, and before, what is half as blurred. That is where as many pixels do, and half as many would lose
-    several times as much, not twice as at an edge; grain does not count."""
+    several times as much, not twice as at an edge; grain does not count, and half of it stays."""
     given, layers, rest = len(patch.lr) / patch.side, [], 1
     reach = max(patch.side, round((most / given - patch.side) / 2))
     top, left = max(0, patch.top - reach), max(0, patch.left - reach)
@@ -682,7 +681,10 @@ def restore_surroundings(generator, photo, patch, canvas, factor, most):
             layers.append((share, mask))
         rest = 1 - mask
     for share, mask in reversed(layers):
-        place[:] = cv2.blendLinear(place, upscale_reduced(generator, around, share, scale=factor), 1 - mask, mask)
+        sr = upscale_reduced(generator, around, share, scale=factor)
+        grain = cv2.subtract(around, resize(rescale(around, share), *around.shape[1::-1]), dtype=cv2.CV_16S)
+        grain = cv2.resize(grain, sr.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+        place[:] = cv2.blendLinear(place, cv2.addWeighted(sr, 1, grain, GRAIN, 0, dtype=cv2.CV_8U), 1 - mask, mask)
 
 
 def enlarge_background(generator, picture):

@@ -283,6 +283,18 @@ def test_around_a_blurred_face_what_is_as_blurred_is_restored_and_nothing_else(p
     assert (np.abs(sr[around].astype(int) - plain).max(2) > 10).mean() < 0.05
 
 
+def test_around_a_blurred_face_half_of_the_grain_stays(portraits, generator):
+    """Else the ground is smooth there, and grainy beside it."""
+    photo, _ = compose(portraits, [("hopper", 150, 0, 20, 20)], 320, 200)
+    grain = np.random.default_rng(0).normal(0, 6, (200, 320, 1))
+    grainy = (cv2.GaussianBlur(photo, (0, 0), 4) + grain).clip(0, 255).astype(np.uint8)
+    sr, [patch] = restore(generator, grainy, factor=1)
+    assert patch.blurred
+    fine = [(picture - cv2.GaussianBlur(picture, (0, 0), 3.0))[60:160, 230:300].std()
+            for picture in (grainy.astype(float), sr.astype(float))]
+    assert 0.4 < fine[1] / fine[0] < 0.6, fine
+
+
 def test_no_seam_and_no_colour_shift(portraits, generator):
     """Across the edge of a restored square the picture changes no more than beside it."""
     photo, _ = compose(portraits, [("hopper", 110, 0, 10, 40), ("astronaut", 80, 0, 160, 60)])
