@@ -178,7 +178,7 @@ def main(args):
 
 # The interface ----------------------------------------------------------------------------------
 
-LARGEST, PHOTOGRAPH = 16_000_000, 32_000_000        # pixels of what the network gives, and of a photograph: 25 s
+LARGEST, PHOTOGRAPH = 16_000_000, 32_000_000        # pixels of what the network gives, and of a photograph: 30 s
 FACE_AT_MOST, SHARP_FROM = 64, 80       # pixels a side: what is larger is a photograph; what is smaller is not shrunk
 SCREEN = 2048               # pixels a side of what the slider shows
 FILES, WAITING, KEPT = 200, 32, 10      # pictures in a folder; that one address waits for; minutes until all is deleted
