@@ -86,7 +86,7 @@ def vgg_distance(features, sr, hr):
     The plain distance depends on how the weights are scaled and grows or shrinks by orders of
     magnitude from layer to layer, which is why the paper has to multiply it by 0.006. Divided by
     the energy of the target's features it is 0 for equal pictures and 1 where no feature answers, for
-    every layer and every scaling of the weights, so that one weight fits all.
+    every layer and every scaling of the weights.
     """
     with torch.no_grad():
         target = features(hr).float()
