@@ -332,15 +332,14 @@ class Workshop:
         if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
             raise UsageError("Strength is a number from 0 to 1")
         networks = self.networks.at_work(job or SimpleNamespace(gone=False), self.worker)
-        path, suffix, background = Path(picture.name), ".png", "bicubic" if faces_only else None
+        path, background = Path(picture.name), "bicubic" if faces_only else None
         if photo:
-            suffix = photo_suffix(path, picture.alpha)
             sr = next(restore_photos(networks, [picture], self.args.batch_size, strength, None, background))[1]
         else:
             picture.share = shown_share(picture.lr) if picture.hr is None else 1
             sr = upscale_reduced(networks(strength, scale), picture.lr, picture.share, networks.tiny(strength))
-        restored = any(patch.action == "restored" for patch in picture.patches)
-        picture.name = f"{path.stem}_{'restored' if restored else f'x{len(sr) // len(picture.lr)}'}{suffix}"
+        deed = "restored" if any(p.action == "restored" for p in picture.patches) else f"x{len(sr) // len(picture.lr)}"
+        picture.name = f"{path.stem}_{deed}{photo_suffix(path, picture.alpha) if photo else '.png'}"
         return sr
 
     def read(self, path, scale=1, shrink=False, whole=False):
@@ -486,11 +485,13 @@ def build_app(workshop, study):
     def draw(path, face, found):
         return None if (picture := opened(path)) is None else aimed(picture, face, found.get(path, []))
 
+    def frame_size(picture, face):
+        return gr.skip() if picture is None or not face else round(min(1, face.size / min(picture.shape[:2])), 3)
+
     def aim(path, share, found, event: gr.SelectData):
-        if (picture := opened(path)) is not None:
-            face = pointed(picture, event.index, share, found.get(path, []))
-            return face, round(min(1, face.size / min(picture.shape[:2])), 3)
-        return gr.skip(), gr.skip()
+        picture = opened(path)
+        face = gr.skip() if picture is None else pointed(picture, event.index, share, found.get(path, []))
+        return face, frame_size(picture, face)
 
     def set_size(path, face, share):
         known = face and (picture := opened(path)) is not None
@@ -506,7 +507,8 @@ def build_app(workshop, study):
         pair = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
         face = found[path][event.index - 1] if event.index else None
         vars(workshop.last(request.session_hash)).update(seen=face, moved=False)
-        return made[:2] if pair is None else tuple(np.hsplit(pair, 2)), own_knob(made[2][event.index]), face
+        pair = made[:2] if pair is None else tuple(np.hsplit(pair, 2))
+        return pair, own_knob(made[2][event.index]), face, frame_size(opened(path), face)
 
     def own_knob(value):
         return gr.Slider(value=value or 0, visible=value is not False and workshop.has_knob)
@@ -608,7 +610,7 @@ def build_app(workshop, study):
             cancel.click(stop, None, status, api_name="cancel", queue=False)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
             photo.change(lambda: None, None, target, **hidden)
-            faces.select(look_at, [photo, made, found], [slider, own, target], js=LOOK, **hidden)
+            faces.select(look_at, [photo, made, found], [slider, own, target, share], js=LOOK, **hidden)
             own.input(mark_strength, [photo, own, marks], marks, trigger_mode="always_last", **hidden)
             gr.on([photo.change, target.change, found.change], draw, [photo, target, found], view, **hidden)
             view.select(aim, [photo, share, found], [target, share], **hidden)
@@ -648,8 +650,7 @@ def serve(args):
         except ImportError:
             raise UsageError("--ui needs Gradio: pip install -r requirements.txt") from None
         workshop = Workshop(args, Path(folder))
-        ratings = args.output / "ratings.csv"
-        app = build_app(workshop, args.study and Study(workshop.networks, args.study, ratings, args.seed))
+        app = build_app(workshop, args.study and Study(workshop.networks, args.study, args.output, args.seed))
         try:
             _, address, _ = app.launch(
                 server_name=args.host, server_port=args.port, share=False, ssr_mode=False, quiet=True,

@@ -539,10 +539,10 @@ def append_rating(path, values):
 class Study:
     """The pictures of a study, who is to see which next, and the file of ratings."""
 
-    def __init__(self, networks, folder, ratings, seed):
-        self.ratings, self.seed, self.faces, self.pictures = ratings, seed, [], {}
-        if ratings.exists():
-            read_ratings(ratings)
+    def __init__(self, networks, folder, output, seed):
+        self.ratings, self.seed, self.faces, self.pictures = output / "ratings.csv", seed, [], {}
+        if self.ratings.exists():
+            read_ratings(self.ratings)
         files = [path for path in find_images(folder) if not is_result(path)]
         number = min(STUDY_FACES, len(files))
         for path in (files[i * len(files) // number] for i in range(number)):

@@ -492,6 +492,9 @@ def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
     tiles.nth(1).click()
     own.wait_for()
     assert float(own.input_value()) == usual
+    side = int(re.search(r"1: (\d+) px", page.locator("#faces").inner_text())[1])
+    page.wait_for_function("size => Math.abs(document.querySelector(\"[aria-label*='Frame size']\").value - size) < 0.02",
+                           arg=side / 102)
     for _ in range(3):
         own.press("ArrowLeft")
     tiles.nth(2).click()

@@ -185,7 +185,7 @@ class FakeNetwork(torch.nn.Linear):
 
 @pytest.fixture
 def study(faces, tmp_path):
-    return Study(FakeNetwork, faces, tmp_path / "ratings.csv", 3)
+    return Study(FakeNetwork, faces, tmp_path, 3)
 
 
 def test_what_the_study_shows(study, faces):
@@ -208,7 +208,7 @@ def test_rating_resuming_and_finishing(study, faces, tmp_path):
     study.rate("anna", 0, 4)  # a slip, corrected
     study.rate("anna", 2, 1)  # a page left open
     study.rate("bo", 0, 2)
-    again = Study(FakeNetwork, faces, tmp_path / "ratings.csv", 3)
+    again = Study(FakeNetwork, faces, tmp_path, 3)
     assert again.place("anna") == (1, order) and again.place("bo")[0] == 1 and again.place("cy")[0] == 0
     for index in range(1, 70):
         again.rate("anna", index, 1 + index % 5)
@@ -222,7 +222,7 @@ def test_rating_resuming_and_finishing(study, faces, tmp_path):
         assert [row["rating"] for row in csv.DictReader(file) if row["rater"] == "anna"][:3] == ["1", "4", "2"]
     with pytest.raises(DataError, match="name"):
         again.rate("", 0, 5)
-    other = Study(FakeNetwork, faces, tmp_path / "ratings.csv", 4)
+    other = Study(FakeNetwork, faces, tmp_path, 4)
     assert other.place("anna")[0] == 0  # another seed, another study
 
 
@@ -233,7 +233,7 @@ def test_a_study_of_other_faces_does_not_go_on(study, tmp_path, faces):
         (tmp_path / "few" / f"x{path.name}").write_bytes(path.read_bytes())
     (tmp_path / "few" / "broken.png").write_text("hello")
     write_picture(tmp_path / "few" / "result.png", np.zeros((128, 128, 3), np.uint8))      # of ours, so no original
-    other = Study(FakeNetwork, tmp_path / "few", tmp_path / "ratings.csv", 3)
+    other = Study(FakeNetwork, tmp_path / "few", tmp_path, 3)
     assert len(other.faces) == 2
     with pytest.raises(DataError, match="anna"):
         other.place("anna")
@@ -243,5 +243,5 @@ def test_twenty_faces_spread_over_the_folder(tmp_path, faces):
     content = next(faces.iterdir()).read_bytes()
     for i in range(50):
         (tmp_path / f"{i:02d}.png").write_bytes(content)
-    study = Study(FakeNetwork, tmp_path, tmp_path / "none.csv", 0)
+    study = Study(FakeNetwork, tmp_path, tmp_path / "none", 0)
     assert len(study.faces) == 20 and study.faces[0] == "00.png" and study.faces[-1] >= "47.png"
