@@ -328,7 +328,7 @@ class Workshop:
                         self.found.pop(Path(path), None)
 
     def restore(self, job, picture, strength, photo, scale, faces_only=False):
-        """Upscale a Picture; where it is a photograph and not taken as one face, restore its faces. Name it so."""
+        """Upscale a Picture, or restore the faces of a photograph; its name becomes that of the file for the result."""
         if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
             raise UsageError("Strength is a number from 0 to 1")
         networks = self.networks.at_work(job or SimpleNamespace(gone=False), self.worker)
@@ -643,7 +643,7 @@ def serve(args):
             if dead:
                 shutil.rmtree(remains)
     with tempfile.TemporaryDirectory(prefix="face-srgan-", ignore_cleanup_errors=True) as folder, locked(folder):
-        os.environ["GRADIO_TEMP_DIR"] = folder      # so uploads go with it
+        os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")     # so uploads go with it
         try:
             import gradio as gr
             from starlette.middleware import Middleware

@@ -626,6 +626,22 @@ def test_nobody_fills_the_queue_and_who_leaves_is_dropped(workshop):
         pool.submit(asyncio.run, scenario()).result()
 
 
+def test_what_is_given_up_leaves_the_newer_result_on_the_page(workshop):
+    """An answer, since without one Gradio blanks all; but nothing of what the newer request has filled."""
+    page = inference.build_app(workshop, None)
+    upscale_one = next(function.fn for function in page.fns.values() if function.api_name == "upscale")
+    workshop.last("page").when = 5
+
+    async def answers():
+        given = str(save(workshop.folder / "other.png"))
+        return [answer async for answer in upscale_one(
+            given, 1, False, False, False, 4, False, [], {}, 1, visitor("page"))]
+
+    with ThreadPoolExecutor() as pool:
+        [answer] = pool.submit(asyncio.run, answers()).result()
+    assert [box.value for box in answer] == ["Cancel"]
+
+
 def test_a_large_picture_does_not_hold_up_a_face(workshop):
     """The face comes after the tile that is being computed and one that may wait already; the others after it."""
     begun, widths = threading.Event(), []
