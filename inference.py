@@ -133,10 +133,9 @@ def main(args):
         results = upscale_pictures(generator, pictures, args.batch_size, networks.tiny(args.strength))
     for picture, sr, writing in tqdm(write_results(results), "upscaling", len(files) or None, unit="picture",
                                      leave=False, disable=None):
-        rows, line, show = [], {}, len(sheet) < SHOWN
-        if args.photo:
-            rows = photo_rows(picture, sr) if show else []
-        elif picture.hr is not None or show:
+        line, show = {}, len(sheet) < SHOWN
+        rows = photo_rows(picture, sr) if args.photo and show else []
+        if not args.photo and (picture.hr is not None or show):
             added = added_detail(upscale_reduced(faithful, picture.lr, picture.share, networks.tiny(0)),
                                  sr) if show and faithful else None
             row, line = compare(picture, sr, added, args.kernel, lpips)
@@ -189,8 +188,8 @@ of many faces that fit, no evidence of who somebody is. Never identify anyone by
 EXAMPLE = "An example: an astronaut from {0} x {0} pixels. Give a picture of your own to see it here instead."
 DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
 WORDS = f"""
-- **Restored, sharp, small, kept**: what was done with a face; all but the first are left alone. *At 0.5*: its strength.
-  *Mostly invented*: it shows so little (below {TINY} pixels) that another person may come out. *px*: its frame's side.
+- **Restored, sharp, small, left**: what was done with a face; all but the first are left alone. *At 0.5*: its strength.
+  *Mostly invented*: it shows so little (below {TINY} pixels) that another person may come out.
 - **PSNR** (decibels), **SSIM** (at most 1): how near a result is to the truth. Sharp ones often have less."""
 LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"
 STAMP = "(...args) => (args[9] = Date.now(), args)"      # requests may overtake each other: the last wish counts
@@ -207,20 +206,20 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 :is(#photo, .below, #compare:not(.fullscreen)) {padding-top: 28px !important}    /* labels above, not upon, pictures */
 :is(#compare, .below):not(.fullscreen) .icon-button-wrapper {top: -28px} label:has(:disabled) {opacity: .45}
 #work {display: grid; gap: 16px; grid-template: auto auto 1fr / minmax(300px, 1fr) minmax(0, 2fr)}
-#show {grid-area: 1 / 2 / 4} #status {min-height: 3em} #cancel:disabled {visibility: hidden}
+#show {grid-area: 1 / 2 / 4} #status {min-height: 3em} #cancel:disabled {display: none} .or {color: inherit !important}
 #compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: min(450px, 84vw) !important}
 #compare.fullscreen {height: 100% !important} #compare.fullscreen img {height: 96vh !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
-:is(#faces, #pairs) .grid-container button {aspect-ratio: 1.75; padding-bottom: 2em} .or {color: inherit !important}
+#faces .grid-container button {aspect-ratio: 1.75; padding-bottom: 2em}
 #pairs .grid-container button {aspect-ratio: 1.5; padding-bottom: 3.6em}      /* file names take two lines */
 :is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: none !important}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
 @media (max-width: 700px) {
     #work {display: flex} #show {display: contents} #give {order: -2} #status {order: -1; min-height: 4.8em}
-    #status p {font-size: .85em} #knobs {order: 1} #more {order: 2} #rest {order: 3}
+    #status p {font-size: .85em} :is(#faces, #missed) {order: 1} #rest {order: 2}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
-    .caption-label {font-size: 10px !important} #photo {height: 140px !important; min-height: 0 !important}
-    #compare:not(.fullscreen) {height: calc(84vw + 30px) !important} #faces .grid-wrap {max-height: 45vh !important}}"""
+    #photo {height: 140px !important; min-height: 0 !important} #faces .grid-wrap {max-height: 45vh !important}
+    #compare:not(.fullscreen) {height: calc(84vw + 30px) !important} .caption-label {font-size: 10px !important}}"""
 # What Gradio's slider, which knows the mouse alone, lacks; alternative texts.
 KEYS = """<script>
 document.addEventListener("keydown", event => {
@@ -287,7 +286,7 @@ class Workshop:
         or None where it was cancelled. Given up is what the page asked before `when`, and what a closed page asked."""
         import asyncio      # of no use to the command, which starts sooner without
         page, started = request.session_hash, time.monotonic()
-        job = SimpleNamespace(host=request.client.host, gone=False, text="Working")
+        job = SimpleNamespace(host=request.client.host, gone=False, over=False, text="Working")
 
         def run():
             with contextlib.suppress(CancelledError):
@@ -308,14 +307,14 @@ class Workshop:
                 yield f"{job.text}: {time.monotonic() - started:.0f} s …"
             yield None if job.gone else done.result()       # given up: the thread sees it before its next tile
         finally:
-            job.gone = True
+            job.gone = job.over = True
             if self.jobs.get(page) is job:
                 del self.jobs[page]
 
-    def cancel(self, page):
-        """Give up what a page waits for; return whether that is anything."""
-        if job := self.jobs.pop(page, None):
-            job.gone = True
+    def cancel(self, page, folder=False):
+        """End what a page waits for, at once or, of a folder, with what is done by then; return whether it waits."""
+        if job := self.jobs.get(page) if folder else self.jobs.pop(page, None):
+            job.over, job.gone = True, not folder
         return job is not None
 
     def sweep(self, kept, age=KEPT * 60):
@@ -331,7 +330,7 @@ class Workshop:
         """Upscale a Picture, or restore the faces of a photograph; its name becomes that of the file for the result."""
         if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
             raise UsageError("Strength is a number from 0 to 1")
-        networks = self.networks.at_work(job or SimpleNamespace(gone=False), self.worker)
+        networks = self.networks.at_work(job or SimpleNamespace(over=False), self.worker)
         path, background = Path(picture.name), "bicubic" if faces_only else None
         if photo:
             sr = next(restore_photos(networks, [picture], self.args.batch_size, strength, None, background))[1]
@@ -384,7 +383,7 @@ class Workshop:
         write_result(replace(picture, output=pair[0]), fit(bicubic, SCREEN))
         line = "{1} x {0} → {3} x {2} pixels".format(*picture.lr.shape[:2], *sr.shape[:2])
         if photo:
-            line += f"; {photo_sentence(picture, sr)} (missed one? Open “Change which faces …”)"
+            line += f"; {photo_sentence(picture, sr)} (a face missed? See below)"
         line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
         line += "; mostly invented: another person may come out" * (not photo and max(picture.lr.shape) < TINY)
         line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
@@ -401,14 +400,14 @@ class Workshop:
 
     def enlarge_all(self, job, paths, strength):
         """Upscale many uploads, each as its size asks: (pairs bicubic | ours with their names, photographs followed by
-        their faces; ZIP or None; number; sentences on them and what is unreadable)."""
+        their faces; ZIP or None; lines about them and what is unreadable)."""
         folder, taken, pairs, faces, notes = Path(tempfile.mkdtemp(dir=self.folder)), set(), [], [], []
         with zipfile.ZipFile(folder / "results.zip", "w") as pack:
             for number, path in enumerate(paths, 1):
-                if job.gone:            # a sharp photograph does not come to the network, which sees it otherwise
-                    raise CancelledError
                 job.text = f"Picture {number} of {len(paths)}"
                 try:
+                    if job.over:        # a sharp photograph does not come to the network, which sees it otherwise
+                        raise CancelledError(f"{path.name}: not done")
                     picture = self.read(path)
                     photo = max(picture.lr.shape) > FACE_AT_MOST
                     sr = self.restore(job, picture, strength, photo, self.suited(picture.lr))
@@ -422,13 +421,13 @@ class Workshop:
                     faces += photo_table(picture)
                     notes += [f"{path.name}: {photo_sentence(picture, sr)}"] * photo
                     notes += [f"{path.name}: mostly invented"] * (not photo and max(picture.lr.shape) < TINY)
-                except (DataError, OSError) as error:
-                    notes.append(str(error))
+                except (CancelledError, DataError, OSError) as error:
+                    notes.append(str(error) or f"{path.name}: not done")
             done = len(pack.namelist())
             if faces:
                 write_csv(folder / "faces.csv", FACES, faces)
                 pack.write(folder / "faces.csv", "faces.csv")
-        return pairs, pack.filename if done else None, done, notes
+        return pairs, pack.filename if done else None, "\n- ".join([f"{done} of {len(paths)} done.", *notes])
 
 
 def build_app(workshop, study):
@@ -448,31 +447,30 @@ def build_app(workshop, study):
                     yield (before | {status: result} if result else {}) | {cancel: gr.Button(interactive=bool(result))}
                     before = {}
                 else:
-                    last = workshop.last(request.session_hash)
-                    moved, last.moved = last.moved, False
-                    yield shown(result, last.seen, moved) | (
+                    yield shown(result, workshop.last(request.session_hash)) | (
                         {} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
         except (UsageError, DataError, CheckpointError, OSError, MemoryError) as error:
             yield ({} if isinstance(error, UsageError) else shown(None)) | {status: f"**{error or 'Out of memory'}**"}
 
-    def shown(result, seen=None, moved=False):
+    def shown(result, last=SimpleNamespace(seen=None)):
         """What the page shows of Workshop.enlarge's result, or None: all or the Face seen, whose knob may move."""
+        moved, last.moved = result and last.moved, False
         absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
         result = result or SimpleNamespace(faces=[], found={}, line="", strengths=[False], **absent)
         known = [None, *sum(result.found.values(), [])]
-        face = known.index(seen) if seen in known else 0        # its number may be another now
+        face = known.index(last.seen) if last.seen in known else 0        # its number may be another now
         pair = np.hsplit(result.faces[face][0], 2) if face else result.pair
         pictures = {pixels: result.lr, truth: result.hr, invented: result.invented}
         return {box: gr.Image(picture, visible=picture is not None) for box, picture in pictures.items()} | {
             slider: pair and tuple(pair), status: result.line, found: result.found,
-            own: gr.skip() if moved and face else own_knob(result.strengths[face]),     # it may have moved on
+            **offered(result.strengths, face), **({own: gr.skip()} if moved and face else {}),  # it may have moved on
             faces: gr.Gallery(result.faces, visible=bool(result.faces)), scale: gr.Radio(interactive=not result.photo),
-            download: gr.DownloadButton("Download the photo" if result.photo else "Download", result.file,
+            download: gr.DownloadButton("Download photo" if result.photo else "Download", result.file,
                                         interactive=bool(result.file)), cancel: gr.Button(interactive=False),
             clock: gr.Timer(active=bool(result.file)), made: result.pair and (*result.pair, result.strengths)}
 
-    def stop(request: gr.Request):
-        return "Cancelled." if workshop.cancel(request.session_hash) else gr.skip()
+    def stop(folder, request: gr.Request):
+        return "Cancelled." if workshop.cancel(request.session_hash, folder) else gr.skip()
 
     def notice_deletion(made):
         gone = made and not Path(made[1]).exists()
@@ -508,13 +506,18 @@ def build_app(workshop, study):
         face = found[path][event.index - 1] if event.index else None
         vars(workshop.last(request.session_hash)).update(seen=face, moved=False)
         pair = made[:2] if pair is None else tuple(np.hsplit(pair, 2))
-        return pair, own_knob(made[2][event.index]), face, frame_size(opened(path), face)
+        return {slider: pair, target: face, share: frame_size(opened(path), face), **offered(made[2], event.index)}
 
-    def own_knob(value):
-        return gr.Slider(value=value or 0, visible=value is not False and workshop.has_knob)
+    def offered(strengths, face):
+        """What can be done with the face looked at, if there is one: where it is restored, it has a strength."""
+        left = strengths[face] is False
+        return {this: gr.Row(visible=face > 0), turn: gr.Button("Restore this face" if left else "Leave it as it was"),
+                own: gr.Slider(value=strengths[face] or 0, visible=not left and workshop.has_knob)}
 
     def mark(wish, path, face, marks, request: gr.Request):
-        workshop.last(request.session_hash).seen = face         # with the frame that it has now
+        last = workshop.last(request.session_hash)
+        last.seen = face = face or last.seen                    # with the frame that it has now
+        wish = "left" if wish.startswith("Leave") else "restored"
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
 
     def mark_strength(path, strength, marks, request: gr.Request):
@@ -528,29 +531,25 @@ def build_app(workshop, study):
             if not files or len(files) > FILES:
                 raise UsageError(f"Choose 1 to {FILES} pictures first")
             async for result in workshop.work(request, workshop.enlarge_all, list(map(Path, files)), strength):
-                if result is None or isinstance(result, str):
-                    yield gr.skip(), gr.skip(), result or gr.skip()
-                else:
-                    pairs, archive, done, notes = result
-                    yield pairs, archive, "\n- ".join([f"{done} of {len(files)} done.", *notes])
+                busy = isinstance(result, str)
+                result = [gr.skip(), gr.skip(), result] if busy else result or [gr.skip()] * 3
+                yield *result, gr.Button(interactive=busy)
         except (DataError, CheckpointError, UsageError, OSError, MemoryError) as error:
-            yield [], None, f"**{error or 'Not enough memory'}**"
+            yield [], None, f"**{error or 'Not enough memory'}**", gr.Button(interactive=False)
 
-    make_knob = functools.partial(
-        gr.Slider, 0, 1, workshop.args.strength, step=0.05, label="Strength", interactive=workshop.has_knob, buttons=[],
-        info="0: faithful and soft. 1: vivid and sharp, more of it invented.")
+    make_knob = functools.partial(gr.Slider, 0, 1, workshop.args.strength, step=0.05, label="Strength", buttons=[],
+        interactive=workshop.has_knob, info="0: faithful and soft, for people you know. 1: vivid, more of it invented.")
 
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
                               visible=False, elem_classes="below")
-    samples, titles, people = [], [], sample_faces()
+    tries, people = {}, sample_faces()
     given = [(name, simulate(face, n)[0], False, n) for name, face in people.items() for n in sorted(workshop.files)]
     given += [(name, face, True, workshop.scale) for name, face in people.items()]
     blurred = rescale(rescale(np.hstack([*people.values()]), 0.34375), 32 / 11)
     for name, picture, sharp, n in [*given, ("two_blurred_faces", blurred, False, workshop.scale)]:
         write_picture(path := workshop.folder / f"{name}_{len(picture)}.png", picture)
-        samples.append([str(path), sharp, n])
-        titles.append("{}, {} x {}".format(name.replace("_", " ").title(), *picture.shape[1::-1]))
-    examples = {n: path for path, _, n in reversed(samples)}        # the first of each enlargement
+        tries["{}, {} x {}".format(name.replace("_", " ").title(), *picture.shape[1::-1])] = [str(path), sharp, n]
+    examples = {n: path for path, _, n in reversed(tries.values())}        # the first of each enlargement
     first = workshop.enlarge(None, Path(examples[workshop.scale]), workshop.args.strength, *[False] * 3, workshop.scale)
 
     with gr.Blocks(title="Face SRGAN", analytics_enabled=False) as app:
@@ -566,19 +565,19 @@ def build_app(workshop, study):
                 with gr.Row():
                     download = gr.DownloadButton("Download", first.file, variant="primary", min_width=160)
                     cancel = gr.Button("Cancel", interactive=False, scale=0, min_width=110, elem_id="cancel")
-                own = gr.Slider(0, 1, step=0.05, label="Strength of this face alone", visible=False, buttons=[])
-                faces = gr.Gallery(label="Before and after: click one", visible=False, object_fit="contain", buttons=[],
-                                   format="png", interactive=False, allow_preview=False, elem_id="faces")
-                with gr.Accordion("Change which faces are restored", open=False):
-                    gr.Markdown("Click a face, here or above, or one that was missed; if need be, set its frame.")
-                    view = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"],
-                                    elem_id="scissors")
-                    target, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
-                    with gr.Row():
-                        point, leave, undo = map(gr.Button, ("Restore it", "Leave as it is", "Undo"))
                 with gr.Row(elem_id="more"):
                     pixels = small(label="The small picture", elem_classes=["below", "pixels"])
                     truth, invented = small(label="The truth"), small(label="What was invented")
+                with gr.Row(visible=False, equal_height=True, elem_id="this") as this:
+                    own = gr.Slider(0, 1, step=0.05, label="Strength of this face", min_width=300, scale=3, buttons=[])
+                    turn, undo = gr.Button(size="md", min_width=110), gr.Button("Undo", size="md", min_width=80)
+                faces = gr.Gallery(label="Before and after: click one", visible=False, object_fit="contain", buttons=[],
+                                   format="png", interactive=False, allow_preview=False, elem_id="faces")
+                with gr.Accordion("A face was missed, or its frame is wrong", open=False, elem_id="missed"):
+                    gr.Markdown("Click it here (or, if it has a number, above), set its frame, and restore it.")
+                    view = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"])
+                    target, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
+                    point = gr.Button("Restore it")
             with gr.Column(elem_id="knobs"):
                 strength = make_knob()
                 with gr.Accordion("More", open=False):
@@ -592,7 +591,7 @@ def build_app(workshop, study):
                     whole = gr.Checkbox(label="Treat it as one face", info="Else, a large picture is a photograph.")
                     only = gr.Checkbox(label="Faces only", info="Of a photograph: the rest is only enlarged.")
             with gr.Column(elem_id="rest"):
-                pick = gr.Examples(samples, [photo, shrink, scale], label="Or try one of these", example_labels=titles)
+                pick = gr.Examples([*tries.values()], [photo, shrink, scale], label="Or try", example_labels=[*tries])
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
             # A new picture or setting replaces what is being computed for this page.
@@ -601,33 +600,34 @@ def build_app(workshop, study):
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             hidden = dict(api_visibility="private", **at_once)
             settings = [photo, strength, shrink, added, whole, scale, only, marks, found, when]
-            boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, own, status]
+            knob = [this, own, turn]
+            boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, *knob, status]
             gr.on([strength.change, shrink.input, added.input, whole.input, scale.input, only.input, marks.change],
                   upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, api_name="upscale", **at_once)
             given = photo.input(begin, photo, [shrink, whole, scale, status, download], **hidden)
             for settled in (given, pick.load_input_event):
                 settled.then(upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, **hidden)
-            cancel.click(stop, None, status, api_name="cancel", queue=False)
+            cancel.click(stop, gr.State(False), status, api_name="cancel", queue=False)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
             photo.change(lambda: None, None, target, **hidden)
-            faces.select(look_at, [photo, made, found], [slider, own, target, share], js=LOOK, **hidden)
+            faces.select(look_at, [photo, made, found], [slider, *knob, target, share], js=LOOK, **hidden)
             own.input(mark_strength, [photo, own, marks], marks, trigger_mode="always_last", **hidden)
             gr.on([photo.change, target.change, found.change], draw, [photo, target, found], view, **hidden)
             view.select(aim, [photo, share, found], [target, share], **hidden)
             share.input(set_size, [photo, target, share], target, **hidden)
-            for button, wish in ((point, "restored"), (leave, "kept")):
-                button.click(mark, [gr.State(wish), photo, target, marks], marks, js=LOOK, **hidden)
+            point.click(mark, [point, photo, target, marks], marks, js=LOOK, **hidden)
+            turn.click(mark, [turn, photo, gr.State(), marks], marks, **hidden)
             undo.click(lambda marks: marks[:-1] if marks else gr.Info("Nothing to undo.") or [], marks, marks, **hidden)
         with gr.Tab("Folder"):
             files = gr.File(file_count="multiple", height=180, label=f"Up to {FILES} pictures, of 32 megapixels")
             same = make_knob()
             with gr.Row():
-                go, end = gr.Button("Upscale all", variant="primary"), gr.Button("Cancel")
+                go, end = gr.Button("Upscale all", variant="primary"), gr.Button("Cancel", interactive=False)
             report, archive = gr.Markdown(), gr.File(label="All results as one ZIP", interactive=False)
             gallery = gr.Gallery(label="Blurry enlargement (left) and ours (right)", object_fit="contain",
                                  interactive=False, buttons=[], elem_id="pairs")
-            go.click(enlarge_all, [files, same], [gallery, archive, report], api_name="folder", **at_once)
-            end.click(stop, None, report, api_visibility="private", queue=False)
+            go.click(enlarge_all, [files, same], [gallery, archive, report, end], api_name="folder", **at_once)
+            end.click(stop, gr.State(True), report, api_visibility="private", queue=False)
         if study:
             with gr.Tab("Study"):
                 build_study(study, workshop.folder)

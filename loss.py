@@ -387,7 +387,7 @@ def captioned_pairs(picture, sr, name=""):
     """List a photograph's faces: (before and after side by side, (256, 512, 3) uint8, caption), and before them
     the photograph with their numbers; in a folder, where `name` is the file's, only before several."""
     name = name and f"{shortened(name, 24)}, "
-    pairs = [(np.hstack(pair), f"{name}{number}: {patch.side} px, {outcome(patch)}"
+    pairs = [(np.hstack(pair), f"{name}{number}: {patch.side} pixels, {outcome(patch)}"
               + (f" at {patch.strength:g}" if patch.action == "restored" and patch.strength < 1 else ""))
              for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
     overview = aimed(picture.lr, None, [patch.face for patch in picture.patches])
@@ -416,7 +416,7 @@ def photo_sentence(picture, sr):
     numbers = Counter(patch.action for patch in patches)
     tiny = sum(patch.action == "restored" and len(patch.lr) < TINY for patch in patches)
     parts = [f"{numbers['restored']} restored" + f" ({tiny} of them mostly invented)" * bool(tiny)] * bool(patches)
-    words = {"sharp": "left as is (sharp already)", "kept": "left as is (as asked)", "small": "too small"}
+    words = {"sharp": "left as is (sharp already)", "left": "left as is (as asked)", "small": "too small"}
     parts += [f"{numbers[action]} {text}" for action, text in words.items() if numbers[action]]
     if factor == enlargement(picture.lr, None, patches) < enlargement(picture.lr):
         parts += [f"{f'enlarged {factor} times only' if factor > 1 else 'not enlarged'}, since the faces are blurred"]

@@ -330,14 +330,14 @@ class Networks:
 
 
 class AtWork(nn.Module):
-    """A generator at work for a job: its tiles take turns with those of others, and end when nobody waits."""
+    """A generator at work for a job: its tiles take turns with those of others, and end when the job is over."""
 
     def __init__(self, generator, job, worker):
         super().__init__()
         self.generator, self.scale, self.job, self.worker = generator, generator.scale, job, worker
 
     def forward(self, lr):
-        if self.job.gone:
+        if self.job.over:
             raise CancelledError
         return self.worker.submit(self.generator, lr).result()
 
@@ -560,7 +560,7 @@ SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face t
 TILT, SURE = 10, 0.85       # degrees and score, from which on blurred faces are turned upright (LPIPS 0.051 for 0.068)
 AROUND, GRAIN = 256, 0.5    # pixels a side, reduced as the face, of what is restored around it; share of grain it keeps
 GAIN = 2.7                  # in detail: below, the network has left a face as it was (else 2.8 to 17; 16 faces)
-LEFT = ("sharp", "kept")    # what is done with faces that the network must not touch
+LEFT = ("sharp", "left")    # what is done with faces that the network must not touch
 BLOCKS, CODED = 1.12, 48    # from a JPEG of a quality of some 80 or less, that many pixels: what is more is its pattern
 
 
@@ -573,7 +573,7 @@ class Patch:
     side: int
     working_size: int
     given: int                          # pixels a side of lr, before it is tried in fewer
-    action: str                         # "restored"; left alone: "sharp", "small" (too small), "kept" (as asked)
+    action: str                         # "restored"; left alone: "sharp", "small" (too small), "left" (as asked)
     lr: np.ndarray                      # upright, of the size that the network is given
     turn: float                         # degrees by which that took to turn it counterclockwise
     blurred: bool                       # and so restored
@@ -598,7 +598,7 @@ def blockiness(photo):
 def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
     """Decide what to do with each of the Faces `found` in an (H, W, 3) uint8 photograph, if the result is `factor`
     times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. What is
-    `marked`, (Face, "restored", "kept", or at what strength to restore it), replaces that Face, or else those with
+    `marked`, (Face, "restored", "left", or at what strength to restore it), replaces that Face, or else those with
     their middle in its frame, and keeps its turn. A face whose pixels hold what they can goes through the network as it
     is, a blurred one, or one that a JPEG has coarsened, is reduced first to what it shows. Sharp, it is turned by
     quarters, which loses nothing, blurred until it is upright: the network knows tilts up to 30 degrees, but makes

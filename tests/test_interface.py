@@ -208,7 +208,7 @@ def test_what_was_invented_of_a_face_with_a_strength_of_its_own(app, tmp_path):
     middle = np.s_[round(4 * face.y) - 20:round(4 * face.y) + 20, round(4 * face.x) - 20:round(4 * face.x) + 20]
     spread = [np.abs(enlarge((face, strength)).invented[middle].astype(int) - 128).mean() for strength in (0, 1)]
     assert spread[0] == 0 and spread[1] > 1
-    assert enlarge().strengths == [False, 0.5] and enlarge((face, "kept")).strengths == [False, False]
+    assert enlarge().strengths == [False, 0.5] and enlarge((face, "left")).strengths == [False, False]
     assert enlarge((face, 1)).strengths == [False, 1]
 
 
@@ -398,7 +398,7 @@ def test_a_face_in_the_browser(app, page, faces, tmp_path):
     assert not np.array_equal(expected, command(app, tmp_path / "out", path))
     for _ in range(100):  # the knob is live: its result comes by itself
         with page.expect_download() as download:
-            page.get_by_role("button", name="Download the photo").click()
+            page.get_by_role("button", name="Download photo").click()
         result = np.array(Image.open(download.value.path()))
         if np.array_equal(result, expected):
             break
@@ -428,8 +428,8 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     wall = save(tmp_path / "wall.png", (90, 70))
     page.locator("#photo input[type=file]").set_input_files(wall)
     page.get_by_text("no face found").wait_for()
-    page.get_by_text("Change which faces are restored").click()
-    picture = page.locator("#scissors img")
+    page.get_by_text("A face was missed").click()
+    picture = page.locator("#missed img")
     picture.wait_for()
     first = picture.get_attribute("src")
     box = picture.bounding_box()
@@ -438,17 +438,17 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
         if picture.get_attribute("src") != first:
             break
         page.wait_for_timeout(100)
-    page.get_by_text("Restore it").click()
+    page.get_by_role("button", name="Restore it").click()
     page.get_by_text("1 face, 1 restored").wait_for()
-    page.get_by_text("1: 18 px, mostly invented").wait_for()
+    page.get_by_text("1: 18 pixels, mostly invented").wait_for()
     page.get_by_role("slider", name="of this face").wait_for()  # it is what one looks at now
-    page.get_by_text("Leave as it is").click()
+    page.get_by_text("Leave it as it was").click()
     page.get_by_text("1 face, 0 restored, 1 left as is (as asked)").wait_for()
     for text in ("1 face, 1 restored", "no face found"):
         page.get_by_text("Undo", exact=True).click()
         page.get_by_text(text).wait_for()
-    page.get_by_text("Restore it").click()
-    page.get_by_text("1: 18 px, mostly invented").wait_for()
+    page.get_by_role("button", name="Restore it").click()
+    page.get_by_text("1: 18 pixels, mostly invented").wait_for()
     page.locator("#faces button").nth(0).click()
     page.get_by_role("slider", name="of this face").wait_for(state="hidden")
     whole = slider_picture(page)
@@ -467,23 +467,23 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
         page.wait_for_timeout(100)
     assert ours.get_attribute("src") != shown and np.array_equal(slider_picture(page), close)
     own, usual = page.get_by_role("slider", name="of this face"), f"at {round(0.7 * 0.95, 2):g}"  # as it is tiny
-    page.get_by_text(f"1: 18 px, mostly invented {usual}").wait_for()
+    page.get_by_text(f"1: 18 pixels, mostly invented {usual}").wait_for()
     own.press("End")  # it has a knob of its own
-    page.get_by_text("1: 18 px, mostly invented", exact=True).wait_for()
+    page.get_by_text("1: 18 pixels, mostly invented", exact=True).wait_for()
     page.get_by_text("Undo", exact=True).click()
-    page.get_by_text(f"1: 18 px, mostly invented {usual}").wait_for()
+    page.get_by_text(f"1: 18 pixels, mostly invented {usual}").wait_for()
     page.locator("#faces button").nth(0).click()
     assert np.array_equal(slider_picture(page, other_than=close), whole)
     own.wait_for(state="hidden")
 
 
 def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
-    """A face that is clicked while the knob of another is answered is the one that is shown; "Leave as it is" means it."""
+    """A face that is clicked while the knob of another is answered is the one that is shown; "Leave it as it was" means it."""
     face = Image.fromarray(skimage.data.astronaut()[:, 60:420]).resize((72, 102), Image.Resampling.LANCZOS)
     Image.fromarray(np.hstack([face, face])).save(tmp_path / "two.png")
     page.goto(app.url)
     page.get_by_text("An example").wait_for()
-    page.get_by_role("button", name="Change which faces").click()
+    page.get_by_role("button", name="A face was missed").click()
     page.locator("#photo input[type=file]").set_input_files(tmp_path / "two.png")
     page.get_by_text("2 faces, 2 restored").wait_for()
     own, tiles = page.get_by_role("slider", name="of this face"), page.locator("#faces button")
@@ -492,7 +492,7 @@ def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
     tiles.nth(1).click()
     own.wait_for()
     assert float(own.input_value()) == usual
-    side = int(re.search(r"1: (\d+) px", page.locator("#faces").inner_text())[1])
+    side = int(re.search(r"1: (\d+) pixels", page.locator("#faces").inner_text())[1])
     page.wait_for_function("size => Math.abs(document.querySelector(\"[aria-label*='Frame size']\").value - size) < 0.02",
                            arg=side / 102)
     for _ in range(3):
@@ -502,7 +502,7 @@ def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
     page.locator("#faces").get_by_text(moved).wait_for()
     page.wait_for_function("usual => document.querySelector(\"[aria-label*='of this face']\").value == usual", arg=usual)
     assert "1: " in page.locator("#faces").get_by_text(moved).inner_text()
-    page.get_by_text("Leave as it is").click()
+    page.get_by_text("Leave it as it was").click()
     page.get_by_text("2 faces, 1 restored, 1 left as is (as asked)").wait_for()
     own.wait_for(state="hidden")
     tiles.nth(1).click()
@@ -647,7 +647,7 @@ def test_a_large_picture_does_not_hold_up_a_face(workshop):
     begun, widths = threading.Event(), []
     workshop.networks(1, 4).register_forward_pre_hook(
         lambda _, inputs: widths.append(inputs[0].shape[-1]) or begun.set())
-    at_work = workshop.networks.at_work(SimpleNamespace(gone=False), workshop.worker)
+    at_work = workshop.networks.at_work(SimpleNamespace(over=False), workshop.worker)
     with ThreadPoolExecutor() as pool:
         large = pool.submit(upscale_picture, at_work(1), [np.zeros((600, 600, 3), np.uint8)])
         assert begun.wait(20)
@@ -656,11 +656,19 @@ def test_a_large_picture_does_not_hold_up_a_face(workshop):
     assert len(widths) == 10 and widths.index(32) <= 2
 
 
-def test_a_folder_that_is_cancelled_stops_before_the_next_picture(workshop):
-    """Though all are sharp photographs, which the network never sees."""
-    path = save(workshop.folder / "photo.png", (900, 700))
-    with pytest.raises(inference.CancelledError):
-        workshop.enlarge_all(SimpleNamespace(gone=True), [path], 1)
+def test_a_folder_that_is_cancelled_stops_before_the_next_picture(workshop, monkeypatch):
+    """Though all are sharp photographs, which the network never sees; what is done by then is given out."""
+    paths = [save(workshop.folder / f"{name}.png", (900, 700)) for name in "abc"]
+    job, read = SimpleNamespace(over=False), workshop.read
+
+    def read_and_cancel(path):
+        job.over = True
+        return read(path)
+
+    monkeypatch.setattr(workshop, "read", read_and_cancel)
+    pairs, archive, line = workshop.enlarge_all(job, paths, 1)
+    assert line.startswith("1 of 3 done.") and line.endswith("- b.png: not done\n- c.png: not done")
+    assert len(pairs) == 1 and zipfile.ZipFile(archive).namelist() == ["a_x4.png"]
 
 
 def test_the_faces_of_a_photograph_are_looked_for_once(workshop, monkeypatch):

@@ -407,7 +407,7 @@ def test_a_face_has_a_strength_of_its_own(portraits):
     picture = Picture("", None, photo, marked=[(face, 0.25)])
     [(_, sr)] = restore_photos(networks, [picture], 16)
     captions = [caption for _, caption in loss.captioned_pairs(picture, sr)][1:]
-    assert captions[0].endswith("px, restored") and captions[1].endswith("px, restored at 0.25")
+    assert captions[0].endswith("pixels, restored") and captions[1].endswith("pixels, restored at 0.25")
 
 
 def test_a_very_blurred_face_gets_less_strength_unless_it_has_its_own(portraits):
@@ -441,13 +441,13 @@ def test_a_wish_for_a_found_face_spares_its_neighbours(portraits):
     photo, _ = compose(portraits, [("hopper", 80, 0, 10, 10)], 160, 140)
     parent, child = data_loader.Face(70, 60, 90, 0, 0.9), data_loader.Face(80, 95, 30, 5, 0.9)
     for found in ([parent, child], [child, parent]):
-        for wish in (0.5, "kept", "restored"):
+        for wish in (0.5, "left", "restored"):
             patches = model.make_patches(photo, found, 4, marked=[(parent, wish)])
             assert [patch.face for patch in patches] == found
             assert [patch.strength for patch in patches] == [0.5 if (face, wish) == (parent, 0.5) else None for face in found]
-            assert (patches[found.index(parent)].action == "kept") == (wish == "kept")
+            assert (patches[found.index(parent)].action == "left") == (wish == "left")
     by_hand = replace(parent, size=91)
-    assert [patch.face.size for patch in model.make_patches(photo, [parent, child], 4, marked=[(by_hand, "kept")])] == [91]
+    assert [patch.face.size for patch in model.make_patches(photo, [parent, child], 4, marked=[(by_hand, "left")])] == [91]
 
 
 def test_a_click_means_the_face_that_was_found_there(portraits):
@@ -489,7 +489,7 @@ def test_a_face_that_somebody_points_at_is_restored_too(portraits, generator):
     middle = np.s_[40:-40, 40:-40]
     assert np.array_equal(also[60:180, 340:460][middle], restored[middle])
     sharp, [(x, y, side, _)] = compose(portraits, [("hopper", 130, 0, 20, 20)], 240, 220)
-    for wish, action, size in ((None, "sharp", 130), ("restored", "restored", 96), ("kept", "kept", 130)):
+    for wish, action, size in ((None, "sharp", 130), ("restored", "restored", 96), ("left", "left", 130)):
         marked = [(data_loader.Face(x, y, side, 0, 1), wish)] if wish else []
         result, [patch] = restore(generator, sharp, marked=marked, factor=2)
         assert patch.action == action and abs(patch.working_size - size) <= 8
