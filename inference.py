@@ -100,10 +100,8 @@ def read_pictures(args, files, scale, taken, failed):
 
 def main(args):
     """Carry out the command; return the exit status: 0 all done, 1 some failed, 2 nothing done."""
-    if args.study_report:
-        return report_study(args.study_report, args.output)
-    if args.ui:
-        return serve(args)
+    if args.study_report or args.ui:
+        return report_study(args.study_report, args.output) if args.study_report else serve(args)
     started, problems = time.monotonic(), []
 
     def failed(sentence):
@@ -178,8 +176,7 @@ def main(args):
 # The interface ----------------------------------------------------------------------------------
 
 LARGEST, PHOTOGRAPH = 16_000_000, 32_000_000        # pixels of what the network gives, and of a photograph: 30 s
-FACE_AT_MOST, SHARP_FROM = 64, 80       # pixels a side: what is larger is a photograph; what is smaller is not shrunk
-SCREEN = 2048               # pixels a side of what the slider shows
+FACE_AT_MOST, SHARP_FROM, SCREEN = 64, 80, 2048     # pixels a side: more is a photograph; less not shrunk; the slider's
 FILES, WAITING, KEPT = 200, 32, 10      # pictures in a folder; that one address waits for; minutes until all is deleted
 
 INTRODUCTION = """# Face SRGAN
@@ -275,7 +272,8 @@ class Workshop:
     def __init__(self, args, folder):
         self.args, self.folder, self.jobs, self.found = args, folder, {}, defaultdict(list)
         self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
-        self.last = functools.lru_cache(1000)(lambda page: SimpleNamespace(when=0, seen=None, moved=False))
+        self.last = functools.lru_cache(1000)(lambda page: SimpleNamespace(when=0, seen=None, moved=0, marks=[]))
+        self.known = functools.lru_cache(1)(lambda name: {})    # what the networks made of the last photograph
         self.device = select_device(args.device)
         self.networks = Networks(args.checkpoint, self.device, args.precision)
         self.files, self.scale, self.has_knob = self.networks.files, self.networks.scale, self.networks.has_knob
@@ -292,11 +290,10 @@ class Workshop:
             with contextlib.suppress(CancelledError):
                 return method(job, *arguments)
 
-        last = self.last(page)
-        if when and when < last.when:
+        if when and when < self.last(page).when:
             yield None          # without any answer, Gradio would blank the page
             return
-        last.when = when or last.when
+        self.last(page).when = when or self.last(page).when
         self.cancel(page)
         if sum(other.host == job.host for other in self.jobs.values()) >= WAITING:
             raise DataError(f"{WAITING} pictures from your address are waiting already; try again later")
@@ -325,12 +322,13 @@ class Workshop:
                     if path not in kept and os.stat(path).st_mtime < time.time() - age:
                         os.unlink(path)
                         self.found.pop(Path(path), None)
+                        self.known.cache_clear()
 
     def restore(self, job, picture, strength, photo, scale, faces_only=False):
         """Upscale a Picture, or restore the faces of a photograph; its name becomes that of the file for the result."""
         if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
             raise UsageError("Strength is a number from 0 to 1")
-        networks = self.networks.at_work(job or SimpleNamespace(over=False), self.worker)
+        networks = self.networks.at_work(job or SimpleNamespace(over=False), self.worker, self.known(picture.name))
         path, background = Path(picture.name), "bicubic" if faces_only else None
         if photo:
             sr = next(restore_photos(networks, [picture], self.args.batch_size, strength, None, background))[1]
@@ -395,7 +393,7 @@ class Workshop:
         return SimpleNamespace(
             file=str(picture.output), pair=tuple(map(str, pair)), hr=picture.hr, photo=photo, invented=invented,
             lr=None if picture.hr is None else picture.lr, faces=captioned_pairs(picture, sr), line=line,
-            found={str(path): [patch.face for patch in picture.patches]},
+            found={str(path): [patch.face for patch in picture.patches]}, marked=marked,
             strengths=[False, *(patch.action == "restored" and patch.strength for patch in picture.patches)])
 
     def enlarge_all(self, job, paths, strength):
@@ -452,25 +450,26 @@ def build_app(workshop, study):
         except (UsageError, DataError, CheckpointError, OSError, MemoryError) as error:
             yield ({} if isinstance(error, UsageError) else shown(None)) | {status: f"**{error or 'Out of memory'}**"}
 
-    def shown(result, last=SimpleNamespace(seen=None)):
+    def shown(result, last=SimpleNamespace(seen=None, moved=0)):
         """What the page shows of Workshop.enlarge's result, or None: all or the Face seen, whose knob may move."""
-        moved, last.moved = result and last.moved, False
+        moved = time.monotonic() - last.moved < 2       # it may have moved on
         absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
-        result = result or SimpleNamespace(faces=[], found={}, line="", strengths=[False], **absent)
+        result = result or SimpleNamespace(faces=[], found={}, line="", strengths=[False], marked=(), **absent)
         known = [None, *sum(result.found.values(), [])]
         face = known.index(last.seen) if last.seen in known else 0        # its number may be another now
         pair = np.hsplit(result.faces[face][0], 2) if face else result.pair
         pictures = {pixels: result.lr, truth: result.hr, invented: result.invented}
         return {box: gr.Image(picture, visible=picture is not None) for box, picture in pictures.items()} | {
             slider: pair and tuple(pair), status: result.line, found: result.found,
-            **offered(result.strengths, face), **({own: gr.skip()} if moved and face else {}),  # it may have moved on
-            faces: gr.Gallery(result.faces, visible=bool(result.faces)), scale: gr.Radio(interactive=not result.photo),
+            **offered(result.strengths, face, result.marked), **({own: gr.skip()} if moved and face else {}),
+            faces: gr.Gallery(result.faces, visible=bool(result.faces), selected_index=face or None),
+            scale: gr.Radio(interactive=not result.photo), clock: gr.Timer(active=bool(result.file)),
             download: gr.DownloadButton("Download photo" if result.photo else "Download", result.file,
                                         interactive=bool(result.file)), cancel: gr.Button(interactive=False),
-            clock: gr.Timer(active=bool(result.file)), made: result.pair and (*result.pair, result.strengths)}
+            made: result.pair and (*result.pair, result.strengths, result.marked)}
 
     def stop(folder, request: gr.Request):
-        return "Cancelled." if workshop.cancel(request.session_hash, folder) else gr.skip()
+        return "Cancelled: what is shown stays." if workshop.cancel(request.session_hash, folder) else gr.skip()
 
     def notice_deletion(made):
         gone = made and not Path(made[1]).exists()
@@ -504,27 +503,30 @@ def build_app(workshop, study):
     def look_at(path, made, found, event: gr.SelectData, request: gr.Request):
         pair = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
         face = found[path][event.index - 1] if event.index else None
-        vars(workshop.last(request.session_hash)).update(seen=face, moved=False)
+        vars(workshop.last(request.session_hash)).update(seen=face, moved=0)
         pair = made[:2] if pair is None else tuple(np.hsplit(pair, 2))
-        return {slider: pair, target: face, share: frame_size(opened(path), face), **offered(made[2], event.index)}
+        size = frame_size(opened(path), face)
+        return {slider: pair, target: face, share: size, **offered(made[2], event.index, made[3])}
 
-    def offered(strengths, face):
+    def offered(strengths, face, marked):
         """What can be done with the face looked at, if there is one: where it is restored, it has a strength."""
         left = strengths[face] is False
-        return {this: gr.Row(visible=face > 0), turn: gr.Button("Restore this face" if left else "Leave it as it was"),
+        return {this: gr.Row(visible=bool(face or marked)), undo: gr.Button(interactive=bool(marked)),
+                turn: gr.Button("Restore this face" if left else "Leave it as it was", visible=face > 0),
                 own: gr.Slider(value=strengths[face] or 0, visible=not left and workshop.has_knob)}
 
     def mark(wish, path, face, marks, request: gr.Request):
         last = workshop.last(request.session_hash)
-        last.seen = face = face or last.seen                    # with the frame that it has now
+        last.seen, last.moved = (face := face or last.seen), 0          # with the frame that it has now
+        if wish == "Undo":
+            return marks[:-1]
         wish = "left" if wish.startswith("Leave") else "restored"
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
 
     def mark_strength(path, strength, marks, request: gr.Request):
-        last = workshop.last(request.session_hash)
-        face, last.moved = last.seen, True
-        drawn = marks and marks[-1][:2] == (path, face) and not isinstance(marks[-1][2], str)      # one step of Undo
-        return [*marks[:len(marks) - bool(drawn)], (path, face, min(1, max(0, strength or 0)))] if face else marks
+        last, now = workshop.last(request.session_hash), time.monotonic()
+        last.marks, last.moved = last.marks if now - last.moved < 2 else marks, now      # drawn: one step of Undo
+        return [*last.marks, (path, last.seen, min(1, max(0, strength or 0)))] if last.seen else marks
 
     async def enlarge_all(files, strength, request: gr.Request):
         try:
@@ -600,7 +602,7 @@ def build_app(workshop, study):
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             hidden = dict(api_visibility="private", **at_once)
             settings = [photo, strength, shrink, added, whole, scale, only, marks, found, when]
-            knob = [this, own, turn]
+            knob = [this, own, turn, undo]
             boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, *knob, status]
             gr.on([strength.change, shrink.input, added.input, whole.input, scale.input, only.input, marks.change],
                   upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, api_name="upscale", **at_once)
@@ -615,9 +617,8 @@ def build_app(workshop, study):
             gr.on([photo.change, target.change, found.change], draw, [photo, target, found], view, **hidden)
             view.select(aim, [photo, share, found], [target, share], **hidden)
             share.input(set_size, [photo, target, share], target, **hidden)
-            point.click(mark, [point, photo, target, marks], marks, js=LOOK, **hidden)
-            turn.click(mark, [turn, photo, gr.State(), marks], marks, **hidden)
-            undo.click(lambda marks: marks[:-1] if marks else gr.Info("Nothing to undo.") or [], marks, marks, **hidden)
+            for button, face in ((point, target), (turn, None), (undo, None)):
+                button.click(mark, [button, photo, face or gr.State(), marks], marks, js=LOOK, **hidden)
         with gr.Tab("Folder"):
             files = gr.File(file_count="multiple", height=180, label=f"Up to {FILES} pictures, of 32 megapixels")
             same = make_knob()
@@ -732,9 +733,8 @@ def parse_arguments(argv=None):
 def run(argv=None):
     """Run `main` and turn every expected failure into one sentence; return the exit status."""
     try:
-        # A name that the terminal cannot show must not end the work.
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")
+            sys.stdout.reconfigure(errors="backslashreplace")       # a name that it cannot show must not end the work
         return main(parse_arguments(argv))
     except (UsageError, CheckpointError, DataError, DeviceError, LossError, OSError) as error:
         print(f"inference.py: {error}", file=sys.stderr)

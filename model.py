@@ -2,10 +2,8 @@
 the faces in photographs.
 
 Generator and Discriminator follow Ledig et al. 2017, "Photo-Realistic Single Image Super-Resolution Using a Generative
-Adversarial Network" (arXiv:1609.04802), section 2.1 and figure 4. Tensors of pictures are RGB in [0, 1], (N, 3, H, W).
-
-    generator = load_checkpoint("checkpoints/srgan_x4.pth")[0]
-    sr = generator(lr)                  # (N, 3, H, W) -> (N, 3, 4H, 4W), not clamped
+Adversarial Network" (arXiv:1609.04802), section 2.1 and figure 4. Tensors of pictures are RGB in [0, 1], (N, 3, H, W):
+`load_checkpoint("checkpoints/srgan_x4.pth")[0](lr)` gives (N, 3, 4H, 4W), not clamped.
 """
 import contextlib
 import copy
@@ -41,7 +39,7 @@ PRECISION_HELP = ("of the networks' arithmetic; auto: bfloat16 where the hardwar
 CONTENT = 2 * 10**9         # bytes that a .pth file may unpack to; VGG19 has 0.55
 TILE, OVERLAP = 288, 24     # LR pixels; what lies further away changes three values in a million by two grey levels
 TONED = 5 / 255             # error of colour guessed from brightness: less is gray or sepia (700 faces of FFHQ: 6.3 on)
-WRITERS = 8                 # threads that compress PNGs; as many pictures wait to be written
+WRITERS, KNOWN = 8, 2**28   # threads that compress PNGs (as many pictures wait for them); bytes of `Networks.at_work`
 CUDA_FULL = "the GPU's memory is full; try a smaller --batch-size, or --device cpu"
 
 
@@ -56,8 +54,7 @@ class DeviceError(Exception):
 # Networks -----------------------------------------------------------------------------------------
 
 def bicubic(lr, scale):
-    """Enlarge (N, 3, H, W) by `scale` with Pillow's bicubic kernel (a = -0.5), not clamped."""
-    # antialias=True is what selects a = -0.5; enlarging, it smooths nothing.
+    """Enlarge (N, 3, H, W) by `scale` with Pillow's bicubic kernel (a = -0.5, by antialias=True), not clamped."""
     return F.interpolate(lr.float(), scale_factor=scale, mode="bicubic", antialias=True)
 
 
@@ -66,8 +63,7 @@ class ResidualBlock(nn.Sequential):
 
     def __init__(self, channels):
         super().__init__(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels),
-            nn.PReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.PReLU(),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x):
@@ -312,10 +308,12 @@ class Networks:
     def __call__(self, strength=1, scale=None):
         return self.load(round(strength, 2), scale or self.scale)
 
-    def at_work(self, job, worker):
-        """The same for a job, whose tiles take turns with those of others."""
+    def at_work(self, job, worker, known):
+        """The same for a job, whose tiles take turns with those of others; the dict `known` keeps what costs most."""
+        if sum(sr.nbytes for sr in known.values()) > KNOWN:
+            known.clear()
         networks = copy.copy(self)
-        networks.load = lambda strength, scale: AtWork(self.load(strength, scale), job, worker)
+        networks.load = lambda strength, scale: AtWork(self.load(strength, scale), job, worker, known)
         return networks
 
     def tiny(self, strength):
@@ -332,9 +330,9 @@ class Networks:
 class AtWork(nn.Module):
     """A generator at work for a job: its tiles take turns with those of others, and end when the job is over."""
 
-    def __init__(self, generator, job, worker):
+    def __init__(self, generator, job, worker, known):
         super().__init__()
-        self.generator, self.scale, self.job, self.worker = generator, generator.scale, job, worker
+        self.generator, self.scale, self.job, self.worker, self.known = generator, generator.scale, job, worker, known
 
     def forward(self, lr):
         if self.job.over:
@@ -560,7 +558,6 @@ SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face t
 TILT, SURE = 10, 0.85       # degrees and score, from which on blurred faces are turned upright (LPIPS 0.051 for 0.068)
 AROUND, GRAIN = 256, 0.5    # pixels a side, reduced as the face, of what is restored around it; share of grain it keeps
 GAIN = 2.7                  # in detail: below, the network has left a face as it was (else 2.8 to 17; 16 faces)
-LEFT = ("sharp", "left")    # what is done with faces that the network must not touch
 BLOCKS, CODED = 1.12, 48    # from a JPEG of a quality of some 80 or less, that many pixels: what is more is its pattern
 
 
@@ -599,10 +596,9 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
     """Decide what to do with each of the Faces `found` in an (H, W, 3) uint8 photograph, if the result is `factor`
     times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. What is
     `marked`, (Face, "restored", "left", or at what strength to restore it), replaces that Face, or else those with
-    their middle in its frame, and keeps its turn. A face whose pixels hold what they can goes through the network as it
-    is, a blurred one, or one that a JPEG has coarsened, is reduced first to what it shows. Sharp, it is turned by
-    quarters, which loses nothing, blurred until it is upright: the network knows tilts up to 30 degrees, but makes
-    grimaces of blurred ones."""
+    their middle in its frame, and keeps its turn. A blurred face, or one that a JPEG has coarsened, is reduced first to
+    what it shows. Sharp, it is turned by quarters, which loses nothing, blurred until it is upright: the network knows
+    tilts up to 30 degrees, but makes grimaces of blurred ones."""
     patches, faces = [], [(face, None) for face in found]
     for face, wish in marked:
         meant = [other == face for other, _ in faces]
@@ -658,8 +654,8 @@ def paste_face(patch, canvas, factor):
 
 def restore_surroundings(generator, photo, patch, canvas, factor, most):
     """Restore what lies around a blurred face, as far as `most` pixels, reduced like it, reach, or it is wide: what is
-    as blurred, and before, what is half as blurred. That is where as many pixels do, and half as many would lose
-    several times as much, not twice as at an edge; grain does not count, and half of it stays."""
+    as, and before, half as blurred: where as many pixels do, and half as many would lose several times as much, not
+    twice as at an edge. Grain does not count, and half of it stays."""
     given, layers, rest = len(patch.lr) / patch.side, [], 1
     reach = max(patch.side, round((most / given - patch.side) / 2))
     top, left = max(0, patch.top - reach), max(0, patch.left - reach)
@@ -680,8 +676,10 @@ def restore_surroundings(generator, photo, patch, canvas, factor, most):
         if (mask * rest).mean() > 0.05:         # else the network would work for little
             layers.append((share, mask))
         rest = 1 - mask
+    known = getattr(generator, "known", {})
     for share, mask in reversed(layers):
-        sr = upscale_reduced(generator, around, share, scale=factor)
+        key = getattr(generator, "generator", None), around.tobytes(), share, factor
+        sr = known[key] = known[key] if key in known else upscale_reduced(generator, around, share, scale=factor)
         grain = cv2.subtract(around, resize(rescale(around, share), *around.shape[1::-1]), dtype=cv2.CV_16S)
         grain = cv2.resize(grain, sr.shape[1::-1], interpolation=cv2.INTER_CUBIC)
         place[:] = cv2.blendLinear(place, cv2.addWeighted(sr, 1, grain, GRAIN, 0, dtype=cv2.CV_8U), 1 - mask, mask)
@@ -690,7 +688,8 @@ def restore_surroundings(generator, photo, patch, canvas, factor, most):
 def enlarge_background(generator, picture):
     """Enlarge a photograph with the network, but by bicubic where all of it is as blurred as a face, and will be
     restored around it, or if the network makes worms of its grain."""
-    share = max((len(patch.lr) / patch.side if patch.blurred else 1 for patch in picture.patches), default=1)
+    share = max((len(patch.lr) / patch.side if patch.blurred else 1
+                 for patch in picture.patches if patch.action != "left"), default=1)
     photo = full_contrast(picture.lr)
     again = resize(rescale(photo, share), *photo.shape[1::-1])
     if share < 1 and reduction_error(photo, again) < max(SAME, reduction_error(photo, again, 1)):
@@ -710,7 +709,7 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
     rest is enlarged: by default with the Networks, where that is quick and no face is too sharp for them."""
     def restore(group):
         chosen = defaultdict(list)
-        for patch in (patch for _, _, faces in group for patch in faces if patch.action == "restored"):
+        for patch in (patch for *_, faces in group for patch in faces if patch.action == "restored"):
             suited = functools.partial(networks.suited, strength=strength, own=patch.strength)
             if patch.blurred and len(patch.lr) < CLEAR:
                 patch.lr, patch.sr = upscale_blurred(networks(*suited(TINY)), patch.lr, networks.tiny(suited(0)[0]))
@@ -720,18 +719,16 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
         for which, alike in chosen.items():
             for patch, patch.sr in upscale_pictures(networks(*which), alike, batch_size):
                 pass
-        for picture, number, picture.patches in group:
-            sharp = any(patch.action in LEFT for patch in picture.patches)
-            way = background or ("network" if picture.lr[..., 0].size <= 5e5 and not sharp else "bicubic")
+        for picture, number, most, picture.patches in group:
+            way = background or ("network" if picture.lr[..., 0].size <= 5e5 and most else "bicubic")
             mild = functools.partial(networks, *networks.suited(CLEAR if picture.patches else TINY, strength))
             painted = way == "network" and number == min(networks.files)  # mildly beside faces: edges look scribbled
             canvas = enlarge_background(mild(), picture) if painted else rescale(picture.lr, number)
             blurred = [patch for patch in picture.patches if patch.blurred and background != "bicubic"]
-            most = 0 if sharp else AROUND / max(1, len(blurred)) ** 0.5     # beside sharp faces, blur may be meant
             for patch in blurred:
                 restore_surroundings(mild(), picture.lr, patch, canvas, number, most)
             for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
-                if (painted or blurred) and patch.action in LEFT:
+                if (painted or blurred) and patch.action in ("sharp", "left"):
                     patch.sr = rescale(patch.lr, number)
                 if patch.sr is not None:
                     paste_face(patch, canvas, number)
@@ -742,9 +739,12 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
         picture.found[:] = picture.found or [find_faces(picture.lr)]
         smallest = SMALLEST[8 if 8 in networks.files else 4]
         faces = make_patches(picture.lr, picture.found[0], enlargement(picture.lr, factor), smallest, picture.marked)
-        group.append((picture, enlargement(picture.lr, factor, faces), faces))
+        if len(picture.found) == 1:     # marks do not change what else is done; beside sharp faces, blur may be meant
+            most = AROUND / max(1, sum(p.blurred for p in faces)) ** 0.5 * all(p.action != "sharp" for p in faces)
+            picture.found += [enlargement(picture.lr, factor, faces), most]
+        group.append((picture, *picture.found[1:], faces))
         pixels += picture.lr.shape[0] * picture.lr.shape[1]
-        if pixels > 4e6 or sum(len(patches) for _, _, patches in group) >= batch_size:
+        if pixels > 4e6 or sum(len(patches) for *_, patches in group) >= batch_size:
             yield from restore(group)
             group, pixels = [], 0
     yield from restore(group)

@@ -22,7 +22,7 @@ import pytest
 import skimage.data
 import torch
 from gradio_client import Client, handle_file
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import inference
 import model
@@ -442,6 +442,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     page.get_by_text("1 face, 1 restored").wait_for()
     page.get_by_text("1: 18 pixels, mostly invented").wait_for()
     page.get_by_role("slider", name="of this face").wait_for()  # it is what one looks at now
+    assert "selected" in page.locator("#faces button").nth(1).get_attribute("class")
     page.get_by_text("Leave it as it was").click()
     page.get_by_text("1 face, 0 restored, 1 left as is (as asked)").wait_for()
     for text in ("1 face, 1 restored", "no face found"):
@@ -508,6 +509,10 @@ def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
     tiles.nth(1).click()
     own.wait_for()
     assert float(own.input_value()) == round(usual - 0.15, 2)
+    own.press("ArrowLeft")
+    page.locator("#faces").get_by_text(f"restored at {round(usual - 0.2, 2):g}").wait_for()
+    page.get_by_text("Undo", exact=True).click()  # back to what it was, not to what it was at first
+    page.locator("#faces").get_by_text(moved).wait_for()
     page.get_by_text("Undo", exact=True).click()
     page.get_by_text("2 faces, 2 restored").wait_for()
     page.get_by_text("Undo", exact=True).click()
@@ -595,7 +600,7 @@ def test_nobody_fills_the_queue_and_who_leaves_is_dropped(workshop):
     large, released = np.zeros((600, 700, 3), np.uint8), threading.Event()
 
     def work(job):
-        return upscale_picture(workshop.networks.at_work(job, workshop.worker)(1), [large])
+        return upscale_picture(workshop.networks.at_work(job, workshop.worker, {})(1), [large])
 
     async def last(requests):
         async for result in requests:
@@ -647,7 +652,7 @@ def test_a_large_picture_does_not_hold_up_a_face(workshop):
     begun, widths = threading.Event(), []
     workshop.networks(1, 4).register_forward_pre_hook(
         lambda _, inputs: widths.append(inputs[0].shape[-1]) or begun.set())
-    at_work = workshop.networks.at_work(SimpleNamespace(over=False), workshop.worker)
+    at_work = workshop.networks.at_work(SimpleNamespace(over=False), workshop.worker, {})
     with ThreadPoolExecutor() as pool:
         large = pool.submit(upscale_picture, at_work(1), [np.zeros((600, 600, 3), np.uint8)])
         assert begun.wait(20)
@@ -686,6 +691,29 @@ def test_the_faces_of_a_photograph_are_looked_for_once(workshop, monkeypatch):
     for _ in range(2):
         assert "no face" in workshop.enlarge(None, path, 1, False, False, False, 4).line
     assert seen[1:] == ["none"]
+
+
+def test_a_change_of_one_face_computes_nothing_around_the_others(workshop, monkeypatch):
+    """The result is the same as without what is kept; the photograph keeps its size, though a sharp face joins."""
+    astronaut = Image.fromarray(skimage.data.astronaut()).resize((256, 256)).filter(ImageFilter.GaussianBlur(3))
+    path, computed, upscale = workshop.folder / "two.png", [], model.upscale
+    Image.fromarray(np.hstack([np.array(astronaut)] * 2)).save(path)
+    monkeypatch.setattr(model, "upscale", lambda net, pictures: computed.append(np.shape(pictures)) or upscale(net, pictures))
+
+    def enlarge(*marks):
+        computed.clear()
+        result = workshop.enlarge(None, path, 1, False, False, False, 4, marks)
+        return result, read_image(Path(result.file))[0], max(width for _, _, width, _ in computed)
+
+    first, before, around = enlarge()
+    assert "2 faces, 2 restored" in first.line and around > 200
+    face = first.found[str(path)][1]
+    _, after, largest = enlarge((face, "left"))
+    assert largest < 60 and not np.array_equal(after, before)
+    assert enlarge((Face(20, 20, 30, 0, 1), "restored"))[1].shape == before.shape
+    workshop.known.cache_clear()
+    _, again, largest = enlarge((face, "left"))
+    assert largest > 200 and np.array_equal(again, after)
 
 
 def test_uploads_are_deleted_under_load_and_samples_stay(workshop, tmp_path, monkeypatch):
