@@ -310,7 +310,7 @@ class Networks:
 
     def at_work(self, job, worker, known):
         """The same for a job, whose tiles take turns with those of others; the dict `known` keeps what costs most."""
-        if sum(sr.nbytes for sr in known.values()) > KNOWN:
+        if sum(sr.nbytes for sr in list(known.values())) > KNOWN:
             known.clear()
         networks = copy.copy(self)
         networks.load = lambda strength, scale: AtWork(self.load(strength, scale), job, worker, known)
