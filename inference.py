@@ -368,7 +368,7 @@ class Workshop:
         picture = replace(self.read(path, scale, shrink, whole), marked=marked)
         photo = not whole and not shrink and bool(max(picture.lr.shape) > FACE_AT_MOST or marked)
         sr = self.restore(job, picture, strength, photo, scale, faces_only)
-        factor, picture.output = len(sr) // len(picture.lr), folder / picture.name
+        factor, picture.output, picture.name = len(sr) // len(picture.lr), folder / picture.name, path.name
         write_result(picture, sr)
         bicubic, scores = rescale(picture.lr, factor), {} if picture.hr is None else compare(picture, sr)[1]
         plain = [(face, wish if isinstance(wish, str) else "restored") for face, wish in marked]
@@ -393,8 +393,8 @@ class Workshop:
         return SimpleNamespace(
             file=str(picture.output), pair=tuple(map(str, pair)), hr=picture.hr, photo=photo, invented=invented,
             lr=None if picture.hr is None else picture.lr, faces=captioned_pairs(picture, sr), line=line,
-            found={str(path): [patch.face for patch in picture.patches]}, marked=marked,
-            strengths=[False, *(patch.action == "restored" and patch.strength for patch in picture.patches)])
+            found={str(path): [patch.face for patch in picture.patches]}, marked=photo and marked,
+            strengths=[None, *({"restored": p.strength, "small": None}.get(p.action, False) for p in picture.patches)])
 
     def enlarge_all(self, job, paths, strength):
         """Upscale many uploads, each as its size asks: (pairs bicubic | ours with their names, photographs followed by
@@ -454,7 +454,7 @@ def build_app(workshop, study):
         """What the page shows of Workshop.enlarge's result, or None: all or the Face seen, whose knob may move."""
         moved = time.monotonic() - last.moved < 2       # it may have moved on
         absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
-        result = result or SimpleNamespace(faces=[], found={}, line="", strengths=[False], marked=(), **absent)
+        result = result or SimpleNamespace(faces=[], found={}, line="", strengths=[None], marked=(), **absent)
         known = [None, *sum(result.found.values(), [])]
         face = known.index(last.seen) if last.seen in known else 0        # its number may be another now
         pair = np.hsplit(result.faces[face][0], 2) if face else result.pair
@@ -469,7 +469,7 @@ def build_app(workshop, study):
             made: result.pair and (*result.pair, result.strengths, result.marked)}
 
     def stop(folder, request: gr.Request):
-        return "Cancelled: what is shown stays." if workshop.cancel(request.session_hash, folder) else gr.skip()
+        return "Cancelled; settings count next time." if workshop.cancel(request.session_hash, folder) else gr.skip()
 
     def notice_deletion(made):
         gone = made and not Path(made[1]).exists()
@@ -510,16 +510,16 @@ def build_app(workshop, study):
 
     def offered(strengths, face, marked):
         """What can be done with the face looked at, if there is one: where it is restored, it has a strength."""
-        left = strengths[face] is False
+        left = strengths[face] is False or strengths[face] is None      # None: too small
         return {this: gr.Row(visible=bool(face or marked)), undo: gr.Button(interactive=bool(marked)),
-                turn: gr.Button("Restore this face" if left else "Leave it as it was", visible=face > 0),
+                turn: gr.Button("Restore face" if left else "Leave as it was", visible=strengths[face] is not None),
                 own: gr.Slider(value=strengths[face] or 0, visible=not left and workshop.has_knob)}
 
     def mark(wish, path, face, marks, request: gr.Request):
         last = workshop.last(request.session_hash)
         last.seen, last.moved = (face := face or last.seen), 0          # with the frame that it has now
-        if wish == "Undo":
-            return marks[:-1]
+        if wish.startswith("Undo"):
+            return [m for m in marks if m is not [None, *(m for m in marks if m[0] == path)][-1]]
         wish = "left" if wish.startswith("Leave") else "restored"
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
 
@@ -572,7 +572,7 @@ def build_app(workshop, study):
                     truth, invented = small(label="The truth"), small(label="What was invented")
                 with gr.Row(visible=False, equal_height=True, elem_id="this") as this:
                     own = gr.Slider(0, 1, step=0.05, label="Strength of this face", min_width=300, scale=3, buttons=[])
-                    turn, undo = gr.Button(size="md", min_width=110), gr.Button("Undo", size="md", min_width=80)
+                    turn, undo = (gr.Button(text, size="md", min_width=110) for text in ("", "Undo face change"))
                 faces = gr.Gallery(label="Before and after: click one", visible=False, object_fit="contain", buttons=[],
                                    format="png", interactive=False, allow_preview=False, elem_id="faces")
                 with gr.Accordion("A face was missed, or its frame is wrong", open=False, elem_id="missed"):

@@ -418,7 +418,8 @@ def photo_sentence(picture, sr):
     parts = [f"{numbers['restored']} restored" + f" ({tiny} of them mostly invented)" * bool(tiny)] * bool(patches)
     words = {"sharp": "left as is (sharp already)", "left": "left as is (as asked)", "small": "too small"}
     parts += [f"{numbers[action]} {text}" for action, text in words.items() if numbers[action]]
-    if factor == enlargement(picture.lr, None, patches) < enlargement(picture.lr):
+    usual = picture.found[1] if picture.marked else enlargement(picture.lr, None, patches)
+    if factor == usual < enlargement(picture.lr):
         parts += [f"{f'enlarged {factor} times only' if factor > 1 else 'not enlarged'}, since the faces are blurred"]
     if not numbers["restored"]:
         parts.append("nothing was changed" if factor == 1 else "only enlarged")

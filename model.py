@@ -676,10 +676,10 @@ def restore_surroundings(generator, photo, patch, canvas, factor, most):
         if (mask * rest).mean() > 0.05:         # else the network would work for little
             layers.append((share, mask))
         rest = 1 - mask
-    known = getattr(generator, "known", {})
     for share, mask in reversed(layers):
-        key = getattr(generator, "generator", None), around.tobytes(), share, factor
-        sr = known[key] = known[key] if key in known else upscale_reduced(generator, around, share, scale=factor)
+        key = getattr(generator, "generator", None), around.shape, around.tobytes(), share, factor
+        sr = (known := getattr(generator, "known", {})).get(key)
+        sr = known[key] = upscale_reduced(generator, around, share, scale=factor) if sr is None else sr
         grain = cv2.subtract(around, resize(rescale(around, share), *around.shape[1::-1]), dtype=cv2.CV_16S)
         grain = cv2.resize(grain, sr.shape[1::-1], interpolation=cv2.INTER_CUBIC)
         place[:] = cv2.blendLinear(place, cv2.addWeighted(sr, 1, grain, GRAIN, 0, dtype=cv2.CV_8U), 1 - mask, mask)
@@ -688,8 +688,7 @@ def restore_surroundings(generator, photo, patch, canvas, factor, most):
 def enlarge_background(generator, picture):
     """Enlarge a photograph with the network, but by bicubic where all of it is as blurred as a face, and will be
     restored around it, or if the network makes worms of its grain."""
-    share = max((len(patch.lr) / patch.side if patch.blurred else 1
-                 for patch in picture.patches if patch.action != "left"), default=1)
+    share = max((len(p.lr) / p.side if p.blurred else 1 for p in picture.patches if p.action != "left"), default=1)
     photo = full_contrast(picture.lr)
     again = resize(rescale(photo, share), *photo.shape[1::-1])
     if share < 1 and reduction_error(photo, again) < max(SAME, reduction_error(photo, again, 1)):
@@ -721,7 +720,7 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
                 pass
         for picture, number, most, picture.patches in group:
             way = background or ("network" if picture.lr[..., 0].size <= 5e5 and most else "bicubic")
-            mild = functools.partial(networks, *networks.suited(CLEAR if picture.patches else TINY, strength))
+            mild = functools.partial(networks, *networks.suited(CLEAR if picture.found[0] else TINY, strength))
             painted = way == "network" and number == min(networks.files)  # mildly beside faces: edges look scribbled
             canvas = enlarge_background(mild(), picture) if painted else rescale(picture.lr, number)
             blurred = [patch for patch in picture.patches if patch.blurred and background != "bicubic"]
@@ -734,17 +733,18 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
                     paste_face(patch, canvas, number)
             yield picture, canvas
 
-    group, pixels = [], 0
+    group = []
     for picture in photos:
-        picture.found[:] = picture.found or [find_faces(picture.lr)]
+        picture.found[:1] = picture.found[:1] or [find_faces(picture.lr)]
         smallest = SMALLEST[8 if 8 in networks.files else 4]
-        faces = make_patches(picture.lr, picture.found[0], enlargement(picture.lr, factor), smallest, picture.marked)
+        plan = functools.partial(make_patches, picture.lr, picture.found[0], enlargement(picture.lr, factor), smallest)
+        faces = plan(picture.marked)
         if len(picture.found) == 1:     # marks do not change what else is done; beside sharp faces, blur may be meant
-            most = AROUND / max(1, sum(p.blurred for p in faces)) ** 0.5 * all(p.action != "sharp" for p in faces)
-            picture.found += [enlargement(picture.lr, factor, faces), most]
+            plain = plan() if picture.marked else faces
+            most = AROUND / max(1, sum(p.blurred for p in plain)) ** 0.5 * all(p.action != "sharp" for p in plain)
+            picture.found[1:] = enlargement(picture.lr, factor, plain), most
         group.append((picture, *picture.found[1:], faces))
-        pixels += picture.lr.shape[0] * picture.lr.shape[1]
-        if pixels > 4e6 or sum(len(patches) for *_, patches in group) >= batch_size:
+        if sum(held.lr.size for held, *_ in group) > 12e6 or sum(len(patches) for *_, patches in group) >= batch_size:
             yield from restore(group)
-            group, pixels = [], 0
+            group = []
     yield from restore(group)

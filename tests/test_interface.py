@@ -13,6 +13,7 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -208,8 +209,10 @@ def test_what_was_invented_of_a_face_with_a_strength_of_its_own(app, tmp_path):
     middle = np.s_[round(4 * face.y) - 20:round(4 * face.y) + 20, round(4 * face.x) - 20:round(4 * face.x) + 20]
     spread = [np.abs(enlarge((face, strength)).invented[middle].astype(int) - 128).mean() for strength in (0, 1)]
     assert spread[0] == 0 and spread[1] > 1
-    assert enlarge().strengths == [False, 0.5] and enlarge((face, "left")).strengths == [False, False]
-    assert enlarge((face, 1)).strengths == [False, 1]
+    assert enlarge().strengths == [None, 0.5] and enlarge((face, "left")).strengths == [None, False]
+    assert enlarge((face, 1)).strengths == [None, 1] and workshop.known.cache_info().misses == 1  # for both networks
+    small = replace(face, size=8)
+    assert enlarge((small, "restored")).strengths == [None, None]       # no wish makes a face of it
 
 
 def test_pictures_that_cannot_be_used_get_a_sentence(client, app, tmp_path):
@@ -443,10 +446,10 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     page.get_by_text("1: 18 pixels, mostly invented").wait_for()
     page.get_by_role("slider", name="of this face").wait_for()  # it is what one looks at now
     assert "selected" in page.locator("#faces button").nth(1).get_attribute("class")
-    page.get_by_text("Leave it as it was").click()
+    page.get_by_text("Leave as it was").click()
     page.get_by_text("1 face, 0 restored, 1 left as is (as asked)").wait_for()
     for text in ("1 face, 1 restored", "no face found"):
-        page.get_by_text("Undo", exact=True).click()
+        page.get_by_text("Undo face change").click()
         page.get_by_text(text).wait_for()
     page.get_by_role("button", name="Restore it").click()
     page.get_by_text("1: 18 pixels, mostly invented").wait_for()
@@ -471,7 +474,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     page.get_by_text(f"1: 18 pixels, mostly invented {usual}").wait_for()
     own.press("End")  # it has a knob of its own
     page.get_by_text("1: 18 pixels, mostly invented", exact=True).wait_for()
-    page.get_by_text("Undo", exact=True).click()
+    page.get_by_text("Undo face change").click()
     page.get_by_text(f"1: 18 pixels, mostly invented {usual}").wait_for()
     page.locator("#faces button").nth(0).click()
     assert np.array_equal(slider_picture(page, other_than=close), whole)
@@ -479,7 +482,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
 
 
 def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
-    """A face that is clicked while the knob of another is answered is the one that is shown; "Leave it as it was" means it."""
+    """A face that is clicked while the knob of another is answered is the one that is shown; "Leave as it was" means it."""
     face = Image.fromarray(skimage.data.astronaut()[:, 60:420]).resize((72, 102), Image.Resampling.LANCZOS)
     Image.fromarray(np.hstack([face, face])).save(tmp_path / "two.png")
     page.goto(app.url)
@@ -503,7 +506,7 @@ def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
     page.locator("#faces").get_by_text(moved).wait_for()
     page.wait_for_function("usual => document.querySelector(\"[aria-label*='of this face']\").value == usual", arg=usual)
     assert "1: " in page.locator("#faces").get_by_text(moved).inner_text()
-    page.get_by_text("Leave it as it was").click()
+    page.get_by_text("Leave as it was").click()
     page.get_by_text("2 faces, 1 restored, 1 left as is (as asked)").wait_for()
     own.wait_for(state="hidden")
     tiles.nth(1).click()
@@ -511,11 +514,11 @@ def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
     assert float(own.input_value()) == round(usual - 0.15, 2)
     own.press("ArrowLeft")
     page.locator("#faces").get_by_text(f"restored at {round(usual - 0.2, 2):g}").wait_for()
-    page.get_by_text("Undo", exact=True).click()  # back to what it was, not to what it was at first
+    page.get_by_text("Undo face change").click()  # back to what it was, not to what it was at first
     page.locator("#faces").get_by_text(moved).wait_for()
-    page.get_by_text("Undo", exact=True).click()
+    page.get_by_text("Undo face change").click()
     page.get_by_text("2 faces, 2 restored").wait_for()
-    page.get_by_text("Undo", exact=True).click()
+    page.get_by_text("Undo face change").click()
     page.wait_for_function("usual => document.querySelector(\"[aria-label*='of this face']\").value == usual", arg=usual)
 
 
@@ -714,6 +717,21 @@ def test_a_change_of_one_face_computes_nothing_around_the_others(workshop, monke
     workshop.known.cache_clear()
     _, again, largest = enlarge((face, "left"))
     assert largest > 200 and np.array_equal(again, after)
+    flat = [Face(150, 20, 40, 0, 1), Face(20, 150, 40, 0, 1)]  # what lies around them differs in its shape alone
+    Image.new("RGB", (300, 300), (120, 90, 70)).save(path := workshop.folder / "flat.png")
+    workshop.found[path] += [[]]
+    enlarge(*((face, "restored") for face in flat))
+
+
+def test_marks_change_nothing_else_of_a_photograph_though_they_come_first(workshop):
+    """As when a face is pointed at while the first result is computed."""
+    astronaut = Image.fromarray(skimage.data.astronaut()).resize((256, 256)).filter(ImageFilter.GaussianBlur(3))
+    decided = []
+    for first in ((), [(Face(40, 40, 30, 0, 1), "restored")]):
+        astronaut.save(path := workshop.folder / f"{len(first)}.png")
+        workshop.enlarge(None, path, 1, False, False, False, 4, first)
+        decided.append(workshop.found[path][1:])
+    assert decided[0] == decided[1] and len(decided[0]) == 2
 
 
 def test_uploads_are_deleted_under_load_and_samples_stay(workshop, tmp_path, monkeypatch):
