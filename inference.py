@@ -205,10 +205,9 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 #work {display: grid; gap: 16px; grid-template: auto auto 1fr / minmax(300px, 1fr) minmax(0, 2fr)}
 #show {grid-area: 1 / 2 / 4} #status {min-height: 3em} #cancel:disabled {display: none} .or {color: inherit !important}
 #compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: min(450px, 84vw) !important}
-#compare.fullscreen {height: 100% !important} #compare.fullscreen img {height: 96vh !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
-#faces .grid-container button {aspect-ratio: 1.75; padding-bottom: 2em}
-#pairs .grid-container button {aspect-ratio: 1.5; padding-bottom: 3.6em}      /* file names take two lines */
+#faces .grid-container button {aspect-ratio: 1.75; padding-bottom: 2em} #compare.fullscreen img {height: 96vh!important}
+#pairs .grid-container button {aspect-ratio: 1.5; padding-bottom: 3.6em} #compare.fullscreen {height: 100% !important}
 :is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: none !important}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
 @media (max-width: 700px) {
@@ -445,14 +444,14 @@ def build_app(workshop, study):
                     yield (before | {status: result} if result else {}) | {cancel: gr.Button(interactive=bool(result))}
                     before = {}
                 else:
-                    yield shown(result, workshop.last(request.session_hash)) | (
+                    yield shown(result, workshop.last(request.session_hash), strength, marks) | (
                         {} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
         except (UsageError, DataError, CheckpointError, OSError, MemoryError) as error:
             yield ({} if isinstance(error, UsageError) else shown(None)) | {status: f"**{error or 'Out of memory'}**"}
 
-    def shown(result, last=SimpleNamespace(seen=None, moved=0)):
+    def shown(result, last=SimpleNamespace(seen=None, moved=0), *settings):
         """What the page shows of Workshop.enlarge's result, or None: all or the Face seen, whose knob may move."""
-        moved = time.monotonic() - last.moved < 2       # it may have moved on
+        moved, last.settings = time.monotonic() - last.moved < 2, settings      # it may have moved on
         absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
         result = result or SimpleNamespace(faces=[], found={}, line="", strengths=[None], marked=(), **absent)
         known = [None, *sum(result.found.values(), [])]
@@ -469,7 +468,9 @@ def build_app(workshop, study):
             made: result.pair and (*result.pair, result.strengths, result.marked)}
 
     def stop(folder, request: gr.Request):
-        return "Cancelled; settings count next time." if workshop.cancel(request.session_hash, folder) else gr.skip()
+        waits, last = workshop.cancel(request.session_hash, folder), workshop.last(request.session_hash)
+        text, last.moved = "Cancelled." if waits else gr.skip(), 0
+        return text if folder else (text, *(waits and vars(last).get("settings") or [gr.skip()] * 2))   # what is shown
 
     def notice_deletion(made):
         gone = made and not Path(made[1]).exists()
@@ -482,13 +483,13 @@ def build_app(workshop, study):
     def draw(path, face, found):
         return None if (picture := opened(path)) is None else aimed(picture, face, found.get(path, []))
 
-    def frame_size(picture, face):
+    def framed(picture, face):
         return gr.skip() if picture is None or not face else round(min(1, face.size / min(picture.shape[:2])), 3)
 
     def aim(path, share, found, event: gr.SelectData):
         picture = opened(path)
         face = gr.skip() if picture is None else pointed(picture, event.index, share, found.get(path, []))
-        return face, frame_size(picture, face)
+        return face, framed(picture, face)
 
     def set_size(path, face, share):
         known = face and (picture := opened(path)) is not None
@@ -505,8 +506,7 @@ def build_app(workshop, study):
         face = found[path][event.index - 1] if event.index else None
         vars(workshop.last(request.session_hash)).update(seen=face, moved=0)
         pair = made[:2] if pair is None else tuple(np.hsplit(pair, 2))
-        size = frame_size(opened(path), face)
-        return {slider: pair, target: face, share: size, **offered(made[2], event.index, made[3])}
+        return {slider: pair, target: face, share: framed(opened(path), face), **offered(made[2], event.index, made[3])}
 
     def offered(strengths, face, marked):
         """What can be done with the face looked at, if there is one: where it is restored, it has a strength."""
@@ -609,7 +609,7 @@ def build_app(workshop, study):
             given = photo.input(begin, photo, [shrink, whole, scale, status, download], **hidden)
             for settled in (given, pick.load_input_event):
                 settled.then(upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, **hidden)
-            cancel.click(stop, gr.State(False), status, api_name="cancel", queue=False)
+            cancel.click(stop, gr.State(False), [status, strength, marks], api_name="cancel", **at_once)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
             photo.change(lambda: None, None, target, **hidden)
             faces.select(look_at, [photo, made, found], [slider, *knob, target, share], js=LOOK, **hidden)

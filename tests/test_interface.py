@@ -269,6 +269,17 @@ def test_strength_is_a_number_from_0_to_1(app, client, tmp_path):
     assert upscale(client, path).ours is not None
 
 
+def test_what_is_cancelled_takes_its_settings_back(client, tmp_path):
+    """Else they would count with the next change, unasked."""
+    upscale(client, save(tmp_path / "a.png"), 0.85)
+    large = handle_file(save(tmp_path / "large.png", (1000, 1000)))
+    job = client.submit(large, 0.3, False, False, True, 4, False, api_name="/upscale")
+    while not job.outputs():  # "Working: 1 s"
+        time.sleep(0.05)
+    assert client.predict(api_name="/cancel") == ("Cancelled.", 0.85)
+    assert "Cancelled." not in client.predict(api_name="/cancel")
+
+
 def test_sixteen_people_at_once(app, tmp_path):
     """Each gets the result of their own picture."""
     paths = [save(tmp_path / f"{i}.png", (8 + i, 9), seed=i) for i in range(16)]
