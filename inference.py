@@ -271,7 +271,7 @@ class Workshop:
     def __init__(self, args, folder):
         self.args, self.folder, self.jobs, self.found = args, folder, {}, defaultdict(list)
         self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
-        self.last = functools.lru_cache(1000)(lambda page: SimpleNamespace(when=0, seen=None, moved=0, marks=[]))
+        self.last = functools.lru_cache(1000)(lambda _: SimpleNamespace(when=0, seen=None, moved=0, marks=[], shown=0))
         self.known = functools.lru_cache(1)(lambda name: {})    # what the networks made of the last photograph
         self.device = select_device(args.device)
         self.networks = Networks(args.checkpoint, self.device, args.precision)
@@ -444,14 +444,15 @@ def build_app(workshop, study):
                     yield (before | {status: result} if result else {}) | {cancel: gr.Button(interactive=bool(result))}
                     before = {}
                 else:
-                    yield shown(result, workshop.last(request.session_hash), strength, marks) | (
+                    workshop.last(request.session_hash).shown = strength, shrink, added, whole, scale, only, marks
+                    yield shown(result, workshop.last(request.session_hash)) | (
                         {} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
         except (UsageError, DataError, CheckpointError, OSError, MemoryError) as error:
             yield ({} if isinstance(error, UsageError) else shown(None)) | {status: f"**{error or 'Out of memory'}**"}
 
-    def shown(result, last=SimpleNamespace(seen=None, moved=0), *settings):
+    def shown(result, last=SimpleNamespace(seen=None, moved=0)):
         """What the page shows of Workshop.enlarge's result, or None: all or the Face seen, whose knob may move."""
-        moved, last.settings = time.monotonic() - last.moved < 2, settings      # it may have moved on
+        moved = time.monotonic() - last.moved < 2       # it may have moved on
         absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
         result = result or SimpleNamespace(faces=[], found={}, line="", strengths=[None], marked=(), **absent)
         known = [None, *sum(result.found.values(), [])]
@@ -470,7 +471,7 @@ def build_app(workshop, study):
     def stop(folder, request: gr.Request):
         waits, last = workshop.cancel(request.session_hash, folder), workshop.last(request.session_hash)
         text, last.moved = "Cancelled." if waits else gr.skip(), 0
-        return text if folder else (text, *(waits and vars(last).get("settings") or [gr.skip()] * 2))   # what is shown
+        return text if folder else (text, *(waits and last.shown or [gr.skip()] * 7))   # the settings of what is shown
 
     def notice_deletion(made):
         gone = made and not Path(made[1]).exists()
@@ -496,8 +497,8 @@ def build_app(workshop, study):
         return replace(face, size=float(np.clip(share or 0, 0.01, 1)) * min(picture.shape[:2])) if known else face
 
     def begin(path, request: gr.Request):
-        """The settings for a new picture: those of the one before may not fit it."""
-        workshop.last(request.session_hash).seen, picture = None, opened(path)
+        picture = opened(path)      # the settings of the one before may not fit it
+        vars(workshop.last(request.session_hash)).update(seen=None, shown=0)
         suited = workshop.scale if picture is None else workshop.suited(picture)
         return False, False, suited, "Working …", gr.DownloadButton(interactive=False)
 
@@ -509,8 +510,7 @@ def build_app(workshop, study):
         return {slider: pair, target: face, share: framed(opened(path), face), **offered(made[2], event.index, made[3])}
 
     def offered(strengths, face, marked):
-        """What can be done with the face looked at, if there is one: where it is restored, it has a strength."""
-        left = strengths[face] is False or strengths[face] is None      # None: too small
+        left = strengths[face] is False or strengths[face] is None      # None: too small, or the whole photograph
         return {this: gr.Row(visible=bool(face or marked)), undo: gr.Button(interactive=bool(marked)),
                 turn: gr.Button("Restore face" if left else "Leave as it was", visible=strengths[face] is not None),
                 own: gr.Slider(value=strengths[face] or 0, visible=not left and workshop.has_knob)}
@@ -609,7 +609,7 @@ def build_app(workshop, study):
             given = photo.input(begin, photo, [shrink, whole, scale, status, download], **hidden)
             for settled in (given, pick.load_input_event):
                 settled.then(upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, **hidden)
-            cancel.click(stop, gr.State(False), [status, strength, marks], api_name="cancel", **at_once)
+            cancel.click(stop, gr.State(False), [status, *settings[1:8]], api_name="cancel", **at_once)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
             photo.change(lambda: None, None, target, **hidden)
             faces.select(look_at, [photo, made, found], [slider, *knob, target, share], js=LOOK, **hidden)

@@ -409,7 +409,7 @@ class Picture:
     hr: np.ndarray | None = None        # (sH, sW, 3) uint8
     sr: np.ndarray | None = None        # the same, where it is finished already, and only to be scored
     share: float = 1                    # of its pixels a side that show anything: less of a face that is blurred
-    found: list = field(default_factory=list)       # once they are known, [the Faces of a photograph]
+    found: list = field(default_factory=list)       # once known: [its Faces, enlargement, reach around blurred ones]
     patches: list = field(default_factory=list)     # what becomes of them
     marked: list = field(default_factory=list)      # (Face, wish) that somebody has pointed at: see `make_patches`
     extras: dict = field(default_factory=dict)      # its colour profile and EXIF data

@@ -276,7 +276,7 @@ def test_what_is_cancelled_takes_its_settings_back(client, tmp_path):
     job = client.submit(large, 0.3, False, False, True, 4, False, api_name="/upscale")
     while not job.outputs():  # "Working: 1 s"
         time.sleep(0.05)
-    assert client.predict(api_name="/cancel") == ("Cancelled.", 0.85)
+    assert client.predict(api_name="/cancel") == ("Cancelled.", 0.85, False, False, False, 4, False)
     assert "Cancelled." not in client.predict(api_name="/cancel")
 
 
