@@ -283,7 +283,7 @@ class Workshop:
         or None where it was cancelled. Given up is what the page asked before `when`, and what a closed page asked."""
         import asyncio      # of no use to the command, which starts sooner without
         page, started = request.session_hash, time.monotonic()
-        job = SimpleNamespace(host=request.client.host, gone=False, over=False, text="Working")
+        job = SimpleNamespace(host=request.client.host, gone=False, over=False, text="Working", part="")
 
         def run():
             with contextlib.suppress(CancelledError):
@@ -300,7 +300,7 @@ class Workshop:
         done = asyncio.get_running_loop().run_in_executor(self.hands, run)
         try:
             while not (await asyncio.wait([done], timeout=0.5))[0] and not job.gone:
-                yield f"{job.text}: {time.monotonic() - started:.0f} s …"
+                yield f"{job.text}{job.part}: {time.monotonic() - started:.0f} s …"
             yield None if job.gone else done.result()       # given up: the thread sees it before its next tile
         finally:
             job.gone = job.over = True
@@ -401,7 +401,7 @@ class Workshop:
         folder, taken, pairs, faces, notes = Path(tempfile.mkdtemp(dir=self.folder)), set(), [], [], []
         with zipfile.ZipFile(folder / "results.zip", "w") as pack:
             for number, path in enumerate(paths, 1):
-                job.text = f"Picture {number} of {len(paths)}"
+                job.text, job.part = f"Picture {number} of {len(paths)}", ""
                 try:
                     if job.over:        # a sharp photograph does not come to the network, which sees it otherwise
                         raise CancelledError(f"{path.name}: not done")

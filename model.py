@@ -1,5 +1,4 @@
-"""The two networks of SRGAN, the file that keeps them, the device that runs them, and what they do with pictures and
-the faces in photographs.
+"""The two networks of SRGAN, their file and device, and what they do with pictures and the faces in photographs.
 
 Generator and Discriminator follow Ledig et al. 2017, "Photo-Realistic Single Image Super-Resolution Using a Generative
 Adversarial Network" (arXiv:1609.04802), section 2.1 and figure 4. Tensors of pictures are RGB in [0, 1], (N, 3, H, W):
@@ -80,8 +79,7 @@ class Generator(nn.Module):
         bicubic_residual: predict the difference to the bicubically enlarged input instead of the picture. Not in the
             paper; training starts at bicubic, not at noise, and colours cannot drift. False is the paper's network.
 
-    Input and output are RGB in [0, 1] of any height and width; the output is not clamped, so that the losses keep
-    their gradient outside the range."""
+    Input and output are RGB in [0, 1] of any size; the output is not clamped: losses keep their gradient outside."""
 
     def __init__(self, scale=4, blocks=16, channels=64, bicubic_residual=True):
         super().__init__()
@@ -161,10 +159,9 @@ class SubpixelConv2d(nn.Conv2d):
 
 class Discriminator(nn.Module):
     """The discriminator of section 2.1.1: eight 3x3 convolutions, 64 to 512 channels, every second one with stride 2,
-    then two dense layers.
-    Takes RGB in [0, 1] of any size from 16x16 and returns logits of shape (N,): positive for real. The paper's dense
-    layer sees all positions of a 96x96 picture; here the features are averaged to 4x4 cells first (the size of a 64x64
-    patch's), so that any patch size fits and the dense layer stays at 8.4 million weights."""
+    then two dense layers. Takes RGB in [0, 1] of any size from 16x16 and returns logits, (N,), positive for real. The
+    paper's dense layer sees all positions of a 96x96 picture; here the features are averaged to 4x4 cells first (the
+    size of a 64x64 patch's), so that any size fits and the dense layer stays at 8.4 million weights."""
 
     def __init__(self, channels=64):
         super().__init__()
@@ -206,8 +203,8 @@ def save_plain(path, content):
 
 
 def load_plain(path):
-    """Read what `save_plain` wrote, or another file of plain tensors: nothing in it can run code, and what unpacks to
-    more than CONTENT bytes is not read. Raises CheckpointError with one sentence for a missing or damaged file."""
+    """Read what `save_plain` wrote, or another file of plain tensors: nothing in it can run code. Raises
+    CheckpointError for a missing or damaged file, and for one that unpacks to more than CONTENT bytes."""
     path = Path(path)
     try:
         if not path.is_file():      # a pipe would never end
@@ -243,9 +240,8 @@ def save_checkpoint(path, generator, training):
 
 
 def load_checkpoint(path):
-    """Read a checkpoint: (generator in eval mode on the CPU, facts of its training). Raises CheckpointError with one
-    sentence for a missing, damaged or foreign file, and for weights that are not finite or, where the file has a
-    checksum, have changed since they were written."""
+    """Read a checkpoint: (generator in eval mode on the CPU, facts of its training). Raises CheckpointError for a
+    missing, damaged or foreign file, and for weights that are not finite or, with a checksum, not those it tells."""
     content = load_plain(path)
     try:
         if content["format"] != FORMAT:
@@ -280,30 +276,29 @@ def load_checkpoint(path):
     return generator.eval(), training
 
 
-def load_generator(checkpoint, strength=1, device=torch.device("cpu"), precision="float32"):
-    """Load a generator, ready for inference, of a strength from 0 (the SRResNet beside the checkpoint) to 1 (the
-    checkpoint itself). `precision` is one of PRECISIONS."""
-    generator, _ = load_checkpoint(checkpoint)
-    if strength != 1:
-        path = checkpoint.with_name(f"srresnet_x{generator.scale}.pth")
-        if not path.exists():
-            raise CheckpointError(f"--strength, --added and --study need {path}, the faithful network")
-        generator = interpolate(load_checkpoint(path)[0], generator, strength)
-    return generator.for_inference(select_dtype(precision, device)).to(device)
-
-
 class Networks:
     """A checkpoint, its SRResNet, and those of the other scale beside it (`files`, by scale): networks(strength, scale)
-    gives one that is ready for inference, loaded when first asked for; by default, of the checkpoint's scale."""
+    gives one that is ready for inference, loaded when first asked for, of a strength from 0 (the SRResNet) to 1 (the
+    checkpoint); by default, of the checkpoint's scale. `precision` is one of PRECISIONS."""
 
     def __init__(self, checkpoint, device=torch.device("cpu"), precision="float32"):
+        def load(strength, scale):
+            generator = load_checkpoint(self.files[scale])[0]
+            if strength != 1:
+                if not (path := self.files[scale].with_name(f"srresnet_x{scale}.pth")).exists():
+                    raise CheckpointError(f"--strength, --added and --study need {path}, the faithful network")
+                generator = interpolate(load_checkpoint(path)[0], generator, strength)
+            return generator.for_inference(select_dtype(precision, device)).to(device)
+
+        self.load = functools.lru_cache(maxsize=48)(load)       # the knob has 21 places
         self.scale = load_checkpoint(checkpoint)[0].scale
         names = {scale: re.sub(r"_x\d\.pth$", f"_x{scale}.pth", checkpoint.name) for scale in (4, 8)}
         self.files = {scale: checkpoint.with_name(name) for scale, name in names.items()
                       if name != checkpoint.name and checkpoint.with_name(name).exists()} | {self.scale: checkpoint}
         self.has_knob = all(path.with_name(f"srresnet_x{scale}.pth").exists() for scale, path in self.files.items())
-        self.load = functools.lru_cache(maxsize=48)(                            # the knob has 21 places
-            lambda strength, scale: load_generator(self.files[scale], strength, device, precision))
+
+    tell = staticmethod(lambda text: None)      # for those who want to know what `restore_photos` is at
+
 
     def __call__(self, strength=1, scale=None):
         return self.load(round(strength, 2), scale or self.scale)
@@ -314,6 +309,7 @@ class Networks:
             known.clear()
         networks = copy.copy(self)
         networks.load = lambda strength, scale: AtWork(self.load(strength, scale), job, worker, known)
+        networks.tell = lambda text: setattr(job, "part", text)
         return networks
 
     def tiny(self, strength):
@@ -359,9 +355,8 @@ def locked(folder):
 # Devices ------------------------------------------------------------------------------------------
 
 def select_device(name):
-    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device, with its index on CUDA as tensors report it; auto
-    is CUDA where there is one. With several processes a machine, "cuda" is the GPU of this one. From
-    then on float32 is float32: TF32, with its 10 bits of mantissa, is off for convolutions and products."""
+    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device, on CUDA with its index; auto is CUDA where there is one.
+    With several processes a machine, "cuda" is the GPU of this one. From then on float32 is float32: TF32 is off."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if not re.fullmatch(r"cpu|cuda(:\d\d?)?", name):
         raise DeviceError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
@@ -378,9 +373,8 @@ def select_device(name):
 
 
 def select_dtype(name, device):
-    """Turn one of PRECISIONS into a dtype; auto is bfloat16 where the hardware computes in it (CPUs with
-    instructions for it, GPUs of compute capability 8 and above), float16 on GPUs of 7, else float32. Weights in
-    training and all losses stay float32."""
+    """Turn one of PRECISIONS into a dtype; auto is bfloat16 where the hardware computes in it (CPUs with instructions
+    for it, GPUs of compute capability 8 and above), float16 on GPUs of 7, else float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -417,17 +411,15 @@ class Picture:
 
 @torch.inference_mode()
 def upscale(generator, pictures):
-    """Enlarge pictures of one size: (N, H, W, 3) uint8, or a list of N, to (N, sH, sW, 3) uint8.
-    `generator` comes from `Generator.for_inference()`, on any device. Large pictures are cut into equal tiles of up to
-    TILE, with a margin that hides the seams. The device holds one at a time; the result is held once, in 8 bits."""
+    """Enlarge pictures of one size: (N, H, W, 3) uint8, or a list of N, to (N, sH, sW, 3) uint8. `generator` comes from
+    `for_inference()`, on any device. Large pictures go through it in tiles of up to TILE, with margins against seams."""
     pictures, device = np.asarray(pictures), next(generator.parameters()).device
     scale, (number, height, width, _) = generator.scale, pictures.shape
     sr = np.empty((number, height * scale, width * scale, 3), np.uint8)
     offset, gain = torch.tensor([*map(contrast, pictures)], device=device).float().T[..., None, None, None]
     rows, columns = ([*pairwise(i * side // -(-side // TILE) for i in range(-(-side // TILE) + 1))]
                      for side in (height, width))
-    tiles = list(product(rows, columns))
-    for (top, bottom), (left, right) in tqdm(tiles, "tiles", leave=False, disable=None, delay=2):
+    for (top, bottom), (left, right) in tqdm([*product(rows, columns)], "tiles", leave=False, disable=None, delay=2):
         y, x = max(0, top - OVERLAP), max(0, left - OVERLAP)
         lr = (to_tensor(pictures[:, y:bottom + OVERLAP, x:right + OVERLAP]).to(device) - offset / 255) * gain
         tile = to_uint8(generator(lr.contiguous(memory_format=torch.channels_last)) / gain + offset / 255)
@@ -478,8 +470,7 @@ def shown_share(lr):
     side = min(height, width)
     if max(height, width) > 256:
         return 1
-    top, left = (height - side) // 2, (width - side) // 2
-    size = working_size(lr[top:top + side, left:left + side])
+    size = working_size(lr[(height - side) // 2:, (width - side) // 2:][:side, :side])
     return size / side if size < SOFT[4] * side else 1
 
 
@@ -556,7 +547,7 @@ CLEAR = 76                  # pixels: from here on, half the strength is as good
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
 TILT, SURE = 10, 0.85       # degrees and score, from which on blurred faces are turned upright (LPIPS 0.051 for 0.068)
-AROUND, GRAIN = 256, 0.5    # pixels a side, reduced as the face, of what is restored around it; share of grain it keeps
+AROUND, GRAIN = 256, 0.75   # pixels a side, reduced as the face, of what is restored around it; share of its grain
 GAIN = 2.7                  # in detail: below, the network has left a face as it was (else 2.8 to 17; 16 faces)
 BLOCKS, CODED = 1.12, 48    # from a JPEG of a quality of some 80 or less, that many pixels: what is more is its pattern
 
@@ -632,30 +623,40 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
     return patches
 
 
-def paste_face(patch, canvas, factor):
+def add_grain(sr, part, share):
+    """Lay over a result the grain of `part`, (H, W, 3) uint8, that it lost when that was reduced to a share first: what
+    is lost everywhere, not edges, of which more is lost."""
+    grain = cv2.subtract(part, resize(rescale(part, share), *part.shape[1::-1]), dtype=cv2.CV_16S)
+    most = 4 * np.median(np.abs(grain[::4, ::4]))       # 2.7 deviations
+    grain = cv2.resize(grain.clip(-most, most), sr.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+    return cv2.addWeighted(sr, 1, grain, GRAIN, 0, dtype=cv2.CV_8U)
+
+
+def paste_face(patch, canvas, photo):
     """Lay a restored face over its place in the enlarged photograph, fading into it at the edge of its square."""
-    side = patch.side * factor
-    sr = resize(patch.sr, side)
+    factor, face, top, left, reach = len(canvas) // len(photo), patch.face, patch.top, patch.left, patch.side
+    if patch.turn % 90:     # its square reaches further in the photograph, which is not turned
+        top, left, reach = max(0, int(face.y) - reach), max(0, int(face.x) - reach), 2 * reach
+    part, side = photo[top:, left:][:reach, :reach], patch.side * factor
+    place, sr = canvas[top * factor:, left * factor:][:reach * factor, :reach * factor], resize(patch.sr, side)
     ramp = np.clip((np.arange(side) + 0.5) / side * 6, 0, 1)
     ramp = np.square(np.sin(np.minimum(ramp, ramp[::-1]) * np.pi / 2))      # over a sixth of the side
     mask = np.minimum.outer(ramp, ramp).astype(np.float32)
     if patch.turn % 90:
-        x, y, reach = patch.face.x * factor, patch.face.y * factor, side * 3 // 4
-        top, left = max(0, int(y) - reach), max(0, int(x) - reach)
-        place = canvas[top:int(y) + reach, left:int(x) + reach]
-        matrix = turning(replace(patch.face, x=x - left, y=y - top), patch.turn, 1, side)
+        matrix = turning(replace(face, x=(face.x - left) * factor, y=(face.y - top) * factor), patch.turn, 1, side)
         sr = cv2.warpAffine(sr, matrix, place.shape[1::-1], flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP)
         mask = cv2.warpAffine(mask, matrix, place.shape[1::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     else:
         sr = np.rot90(sr, -patch.turn // 90)
-        place = canvas[patch.top * factor:, patch.left * factor:][:side, :side]
+    if patch.blurred:
+        sr = add_grain(sr, part, patch.given / patch.side)
     place[:] = cv2.blendLinear(place, sr, 1 - mask, mask)
 
 
 def restore_surroundings(generator, photo, patch, canvas, factor, most):
     """Restore what lies around a blurred face, as far as `most` pixels, reduced like it, reach, or it is wide: what is
     as, and before, half as blurred: where as many pixels do, and half as many would lose several times as much, not
-    twice as at an edge. Grain does not count, and half of it stays."""
+    twice as at an edge. Grain does not count, and most of it stays."""
     given, layers, rest = len(patch.lr) / patch.side, [], 1
     reach = max(patch.side, round((most / given - patch.side) / 2))
     top, left = max(0, patch.top - reach), max(0, patch.left - reach)
@@ -680,9 +681,7 @@ def restore_surroundings(generator, photo, patch, canvas, factor, most):
         key = getattr(generator, "generator", None), around.shape, around.tobytes(), share, factor
         sr = (known := getattr(generator, "known", {})).get(key)
         sr = known[key] = upscale_reduced(generator, around, share, scale=factor) if sr is None else sr
-        grain = cv2.subtract(around, resize(rescale(around, share), *around.shape[1::-1]), dtype=cv2.CV_16S)
-        grain = cv2.resize(grain, sr.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-        place[:] = cv2.blendLinear(place, cv2.addWeighted(sr, 1, grain, GRAIN, 0, dtype=cv2.CV_8U), 1 - mask, mask)
+        place[:] = cv2.blendLinear(place, add_grain(sr, around, share), 1 - mask, mask)
 
 
 def enlarge_background(generator, picture):
@@ -718,19 +717,20 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
         for which, alike in chosen.items():
             for patch, patch.sr in upscale_pictures(networks(*which), alike, batch_size):
                 pass
-        for picture, number, most, picture.patches in group:
+        for picture, times, most, picture.patches in group:
             way = background or ("network" if picture.lr[..., 0].size <= 5e5 and most else "bicubic")
             mild = functools.partial(networks, *networks.suited(CLEAR if picture.found[0] else TINY, strength))
-            painted = way == "network" and number == min(networks.files)  # mildly beside faces: edges look scribbled
-            canvas = enlarge_background(mild(), picture) if painted else rescale(picture.lr, number)
+            painted = way == "network" and times == min(networks.files)  # mildly beside faces: edges look scribbled
+            canvas = enlarge_background(mild(), picture) if painted else rescale(picture.lr, times)
             blurred = [patch for patch in picture.patches if patch.blurred and background != "bicubic"]
-            for patch in blurred:
-                restore_surroundings(mild(), picture.lr, patch, canvas, number, most)
+            for number, patch in enumerate(blurred, 1):
+                networks.tell(f", face {number} of {len(blurred)}")
+                restore_surroundings(mild(), picture.lr, patch, canvas, times, most)
             for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
                 if (painted or blurred) and patch.action in ("sharp", "left"):
-                    patch.sr = rescale(patch.lr, number)
+                    patch.sr = rescale(patch.lr, times)
                 if patch.sr is not None:
-                    paste_face(patch, canvas, number)
+                    paste_face(patch, canvas, picture.lr)
             yield picture, canvas
 
     group = []

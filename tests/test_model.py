@@ -23,7 +23,6 @@ from model import (
     bicubic,
     interpolate,
     load_checkpoint,
-    load_generator,
     checksum,
     save_checkpoint,
     select_device,
@@ -357,9 +356,11 @@ def test_a_generator_is_loaded_as_the_flags_say(tmp_path):
     lr = torch.rand(1, 3, 9, 7)
     for strength in (0, 0.3, 1):
         expected = interpolate(faithful, vivid, strength).for_inference()
-        torch.testing.assert_close(load_generator(tmp_path / "srgan_x4.pth", strength)(lr), expected(lr))
-    assert next(load_generator(tmp_path / "srgan_x4.pth", precision="bfloat16").parameters()).dtype == torch.bfloat16
+        torch.testing.assert_close(Networks(tmp_path / "srgan_x4.pth")(strength)(lr), expected(lr))
+    low = Networks(tmp_path / "srgan_x4.pth", precision="bfloat16")()
+    assert next(low.parameters()).dtype == torch.bfloat16
     (tmp_path / "srresnet_x4.pth").unlink()
-    load_generator(tmp_path / "srgan_x4.pth")
+    alone = Networks(tmp_path / "srgan_x4.pth")
+    torch.testing.assert_close(alone()(lr), vivid.for_inference()(lr))
     with pytest.raises(CheckpointError, match="srresnet_x4.pth"):
-        load_generator(tmp_path / "srgan_x4.pth", 0.5)
+        alone(0.5)
