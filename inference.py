@@ -36,8 +36,7 @@ from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError,
                    upscale_pictures, upscale_reduced, write_result, write_results)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
-SHOWN = 12                  # pictures in the comparison figure
-RESULT_LIMIT = 400_000_000  # pixels of a result, of which each takes some 8 bytes, of noise 13
+SHOWN, RESULT_LIMIT = 12, 400_000_000       # pictures in the figure; pixels of a result, each some 8 bytes, of noise 13
 
 
 class UsageError(Exception):
@@ -520,13 +519,15 @@ def build_app(workshop, study):
         last.seen, last.moved = (face := face or last.seen), 0          # with the frame that it has now
         if wish.startswith("Undo"):
             return [m for m in marks if m is not [None, *(m for m in marks if m[0] == path)][-1]]
-        wish = "left" if wish.startswith("Leave") else "restored"
+        own = ["restored", *(its for *what, its in marks if what == [path, face] and its != "left")][-1]
+        wish = "left" if wish.startswith("Leave") else own
         return [*marks, (path, face, wish)] if face else gr.Info("Click a face in the picture first.") or marks
 
     def mark_strength(path, strength, marks, request: gr.Request):
         last, now = workshop.last(request.session_hash), time.monotonic()
         last.marks, last.moved = last.marks if now - last.moved < 2 else marks, now      # drawn: one step of Undo
-        return [*last.marks, (path, last.seen, min(1, max(0, strength or 0)))] if last.seen else marks
+        new = path, last.seen, min(1, max(0, strength or 0))
+        return [*last.marks, new] if last.seen and new not in marks[-1:] else marks
 
     async def enlarge_all(files, strength, request: gr.Request):
         try:
@@ -596,7 +597,6 @@ def build_app(workshop, study):
                 pick = gr.Examples([*tries.values()], [photo, shrink, scale], label="Or try", example_labels=[*tries])
                 with gr.Accordion("What do the words mean?", open=False):
                     gr.Markdown(WORDS)
-            # A new picture or setting replaces what is being computed for this page.
             marks, found, made = gr.State([]), gr.State(first.found), gr.State()
             when, clock = gr.Number(0, visible="hidden"), gr.Timer(20, active=False)
             at_once = dict(concurrency_limit=None, show_progress="hidden")

@@ -525,6 +525,20 @@ def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
     assert float(own.input_value()) == round(usual - 0.15, 2)
     own.press("ArrowLeft")
     page.locator("#faces").get_by_text(f"restored at {round(usual - 0.2, 2):g}").wait_for()
+    page.get_by_text("Leave as it was").click()
+    page.get_by_text("2 faces, 0 restored, 2 left as is (as asked)").wait_for()
+    page.get_by_text("Restore face").click()  # as it was before
+    page.locator("#faces").get_by_text(f"restored at {round(usual - 0.2, 2):g}").wait_for()
+    own.press("Home")
+    page.locator("#faces").get_by_text("restored at 0").wait_for()
+    page.wait_for_timeout(2100)  # a step of its own
+    typed = page.locator("#this input[type=number]")
+    typed.fill("0")  # no step: it changes nothing
+    typed.press("Enter")
+    page.wait_for_timeout(500)
+    for text in ("2 faces, 1 restored", "2 faces, 0 restored", "2 faces, 1 restored"):
+        page.get_by_text("Undo face change").click()
+        page.get_by_text(text).wait_for()
     page.get_by_text("Undo face change").click()  # back to what it was, not to what it was at first
     page.locator("#faces").get_by_text(moved).wait_for()
     page.get_by_text("Undo face change").click()
