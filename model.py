@@ -412,7 +412,7 @@ class Picture:
 @torch.inference_mode()
 def upscale(generator, pictures):
     """Enlarge pictures of one size: (N, H, W, 3) uint8, or a list of N, to (N, sH, sW, 3) uint8. `generator` comes from
-    `for_inference()`, on any device. Large pictures go through it in tiles of up to TILE, with margins against seams."""
+    `for_inference()`, on any device. Large pictures go through it in tiles of up to TILE, with margins, so no seams."""
     pictures, device = np.asarray(pictures), next(generator.parameters()).device
     scale, (number, height, width, _) = generator.scale, pictures.shape
     sr = np.empty((number, height * scale, width * scale, 3), np.uint8)
