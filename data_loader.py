@@ -54,9 +54,8 @@ KERNELS = {
 # noise in levels, the quality of a JPEG; "wild" draws them.
 DAMAGES = {"none": (0, 0, 0), "blur": (1, 0, 0), "blur3": (3, 0, 0), "noise": (0, 4, 0), "jpeg75": (0, 0, 75),
            "jpeg50": (0, 0, 50), "wild": (0, 0, 0)}
-# Of the pictures to train on: how much of its frame the face is reduced to and how often, and how many are turned;
-# how many are damaged and, of those, blurred, noisy and JPEG-coded; how many are as soft as a background, in HR too, so
-# that nothing is drawn where nothing was.
+# Of the pictures to train on: how much of its frame the face is reduced to and how often; the shares of those that are
+# turned; damaged and, of these, blurred, noisy, JPEG-coded; as soft as a background, in HR too, so that blur may stay.
 ZOOMS, ZOOM_SHARES = (1, 0.9, 0.8, 0.7, 0.6, 0.55), (0.5, 0.1, 0.1, 0.1, 0.1, 0.1)
 TURNED, HURT, BLURRED, NOISY, COMPRESSED, SOFTENED = 0.2, 0.5, 0.5, 0.35, 0.5, 0.08
 BLURS, SOFT_BLURS = tuple(eighths / 8 for eighths in range(1, 9)), (1.5, 2, 3, 4)       # sigmas in LR pixels
@@ -210,13 +209,13 @@ def split_files(train_dirs, val_dir=None):
     """List the training and the validation files of some folders; they never share a file.
     With `val_dir`, its pictures validate and all others train. Without, FFHQ's own tree (`.../00000/00000.png`,
     five-digit names in folders of a thousand) gets its official split: ids below 60000 train, the rest validate. In any
-    other folder a checksum of the name chooses about one file in twenty, so that adding files never moves one. The
-    faces of TESTED, on which weights are compared, are left out of FFHQ's own tree."""
+    other folder, and in a part of FFHQ without the one or the other, a checksum of the name chooses about one file in
+    twenty, so that adding files never moves one. The faces of TESTED are left out of FFHQ's own tree."""
     def in_ffhq(path):
         return re.fullmatch(r"(\d\d)000/\1\d{3}", f"{path.parent.name}/{path.stem}")
 
-    def validates(path):
-        return path.stem >= "60000" if in_ffhq(path) else zlib.crc32(os.fsencode(path.name)) % 100 < VAL_PERCENT
+    def chosen(path):
+        return zlib.crc32(os.fsencode(path.name)) % 100 < VAL_PERCENT
 
     tested = set(TESTED.read_text().split())
     files = {path.resolve(): path for folder in train_dirs for path in find_images(folder)}
@@ -230,9 +229,10 @@ def split_files(train_dirs, val_dir=None):
         if not (val := find_images(val_dir)):
             raise DataError(f"{val_dir}: no pictures found to validate on")
     else:
-        val = [path for path in files.values() if validates(path)]
-        if not val or len(val) == len(files):       # too few files for a share: one validates
-            val = list(files.values())[-1:]
+        *_, last = files.values()       # too few files for a share: one validates
+        for rule in (lambda path: path.stem >= "60000" if in_ffhq(path) else chosen(path), chosen, last.__eq__):
+            if 0 < len(val := [path for path in files.values() if rule(path)]) < len(files):
+                break
     held_out = {path.resolve() for path in val}
     if train := [path for key, path in files.items() if key not in held_out]:
         return train, val
@@ -249,27 +249,28 @@ def square_face(picture):
 def load_split(train_dirs, val_dir, val_count, progress=True):
     """Read the faces of some folders: (those to train on, at most `val_count` to validate on), as of `load_faces`."""
     train_files, val_files = split_files(train_dirs, val_dir)
-    every = -(-len(val_files) // val_count)
-    return load_faces(train_files, progress), load_faces(val_files[::every], progress=False)
+    val_files = val_files[::-(-len(val_files) // val_count)]
+    return load_faces(train_files, progress), load_faces(val_files, progress=False)
 
 
 def load_faces(files, progress=True):
     """Decode faces once: (N, 3, 128, 128) uint8. 70,000 of them are 3.4 GB. A file that cannot be read is named in a
-    warning on stderr and left out. Raises DataError where all are."""
+    warning on stderr and left out, and those that are too small are counted. Raises DataError where none is left."""
     faces = torch.empty(len(files), 3, FACE_SIZE, FACE_SIZE, dtype=torch.uint8)
 
     def decode(places):
         good = []
         for place in places:
             try:
-                faces[place] = torch.from_numpy(square_face(read_image(files[place])[0])).permute(2, 0, 1)
+                faces[place] = torch.from_numpy(square_face(picture := read_image(files[place])[0])).permute(2, 0, 1)
+                small.extend([place] * (min(picture.shape[:2]) < FACE_SIZE))
                 good.append(place)
             except DataError as error:
                 tqdm.write(f"warning: {error}; left out", file=sys.stderr)
         return good
 
     # Chunks, and no more threads than processors: to pass the GIL on at every picture is slower than one thread alone.
-    chunks, good = [range(len(files))[i:i + 100] for i in range(0, len(files), 100)], []
+    chunks, good, small = [range(len(files))[i:i + 100] for i in range(0, len(files), 100)], [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool, \
             tqdm(None, "reading faces", len(files), unit="face", disable=not progress, leave=False) as bar:
         for chunk, decoded in zip(chunks, pool.map(decode, chunks)):
@@ -277,6 +278,8 @@ def load_faces(files, progress=True):
             bar.update(len(chunk))
     if not good:
         raise DataError(f"{Path(files[0]).parent}: none of the {len(files)} pictures can be read")
+    if small:
+        print(f"warning: {len(small)} pictures are smaller than {FACE_SIZE}x{FACE_SIZE}: no sharp HR", file=sys.stderr)
     for place, source in enumerate(good):       # in place: a second copy of all may not fit into memory
         faces[place] = faces[source]
     return faces[:len(good)]
@@ -468,8 +471,7 @@ def cut_faces(photos, output):
     to `output`, as <name of the photograph>_<its checksum>_<number>.png, over no file that is there. Returns the exit
     status."""
     files, problems = find_inputs(photos, output)
-    files = [pair for pair in files if output.resolve() not in pair[0].resolve().parents]
-    numbers = Counter(cut=0)
+    files, numbers = [pair for pair in files if output.resolve() not in pair[0].resolve().parents], Counter(cut=0)
     for path, relative in tqdm(files, "cutting faces", unit="photograph", disable=None):
         try:
             photo = read_image(path)[0]

@@ -65,15 +65,14 @@ def read_pictures(args, files, scale, taken, failed):
                     raise DataError(f"{path}: no ground truth of this name in {args.hr}, so left out")
                 try:
                     hr = read_image(truth)[0]
-                    if hr.shape == lr.shape:        # a result already
-                        sr, (lr, hr) = lr, simulate(hr, scale, args.kernel, args.damage)
-                        sr = sr[:len(hr), :len(hr[0])]
-                    elif hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
-                        raise DataError(f"{truth}: {hr.shape[1]}x{hr.shape[0]} pixels, neither {scale} times "
-                                        f"{lr.shape[1]}x{lr.shape[0]} nor as many")
                 except DataError as error:
                     failed(f"{error}; upscaled, not scored")
-                    hr = None
+                if hr is not None and hr.shape == lr.shape:     # a result already
+                    sr, (lr, hr) = lr, simulate(hr, scale, args.kernel, args.damage)
+                    sr = sr[:len(hr), :len(hr[0])]
+                elif hr is not None and hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
+                    raise DataError(f"{path}: {lr.shape[1]}x{lr.shape[0]} pixels, neither as many as {truth} has, "
+                                    f"{hr.shape[1]}x{hr.shape[0]}, nor {scale} times fewer a side, so left out")
             factor = enlargement(lr, args.enlarge) if args.photo else scale
             height, width = lr.shape[:2]
             if height * width * factor ** 2 > RESULT_LIMIT:

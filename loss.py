@@ -1,8 +1,8 @@
 """How good SR is: the loss terms of SRGAN (Ledig et al. 2017, arXiv:1609.04802, section 2.2) for training,
 PSNR, SSIM and figures for people, and the blind study: opinion scores by people (section 3.3).
 
-Pictures are RGB in [0, 1], (N, 3, H, W); SR may leave the range. Every term is a mean over
-everything, so its size does not depend on the batch or the patch size.
+Pictures are RGB in [0, 1], (N, 3, H, W); SR may leave the range. Every term is a mean over everything, so its size does
+not depend on the batch or the patch size.
 
     criterion = GeneratorLoss(pixel=1, vgg=0.02, adversarial=3e-3, features=VGGFeatures("conv3_4"))
     total, terms = criterion(sr, hr, discriminator)     # terms: {"pixel": ..., "vgg": ..., ...}
@@ -31,8 +31,8 @@ from data_loader import (MARK, DataError, Face, choose_output, cut_face, find_im
                          rescale, resize, simulate, square_face, to_tensor, write_atomically)
 from model import CLEAR, TINY, CheckpointError, enlargement, load_plain, upscale
 
-# phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is
-# how many layers of torchvision's vgg19().features lead there.
+# phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is how many layers of
+# torchvision's vgg19().features lead there.
 VGG_LAYERS = {"conv2_2": 9, "conv3_4": 18, "conv5_4": 36}
 
 
@@ -45,12 +45,10 @@ class VGGFeatures(nn.Module):
 
     Args:
         layer: "conv2_2" (phi 2,2), "conv3_4" or "conv5_4" (phi 5,4, the paper's VGG54).
-        weights: None takes torchvision's ImageNet weights (downloaded once, 550 MB); else a file
-            with a state dict in the layout of torchvision's `vgg19()` or of its `.features`,
-            complete or only as deep as `layer`.
+        weights: None takes torchvision's ImageNet weights (downloaded once, 550 MB); else a file with a state dict in
+            the layout of torchvision's `vgg19()` or of its `.features`, complete or only as deep as `layer`.
 
-    Raises LossError where the weights cannot be had or do not fit.
-    """
+    Raises LossError where the weights cannot be had or do not fit."""
 
     def __init__(self, layer="conv3_4", weights=None):
         super().__init__()
@@ -80,14 +78,11 @@ class VGGFeatures(nn.Module):
 
 
 def vgg_distance(features, sr, hr):
-    """Content loss of equation 5, relative: ||phi(sr) - phi(hr)||^2 / ||phi(hr)||^2, a mean over
-    the pictures.
+    """Content loss of equation 5, relative: ||phi(sr) - phi(hr)||^2 / ||phi(hr)||^2, a mean over the pictures.
 
-    The plain distance depends on how the weights are scaled and grows or shrinks by orders of
-    magnitude from layer to layer, which is why the paper has to multiply it by 0.006. Divided by
-    the energy of the target's features it is 0 for equal pictures and 1 where no feature answers, for
-    every layer and every scaling of the weights.
-    """
+    The plain distance depends on how the weights are scaled and grows or shrinks by orders of magnitude from layer to
+    layer, which is why the paper has to multiply it by 0.006. Divided by the energy of the target's features it is 0
+    for equal pictures and 1 where no feature answers, for every layer and every scaling of the weights."""
     with torch.no_grad():
         target = features(hr).float()
     error = F.mse_loss(features(sr).float(), target, reduction="none")
@@ -441,15 +436,17 @@ def write_csv(path, header, rows):
 
 
 def report(scores, path):
-    """Print one row per picture and the means, and write them without the means as CSV."""
-    width = max(map(len, [*scores, "image"]))
+    """Print one row per picture, the means and their standard errors, and write those of the pictures as CSV."""
+    width = max(map(len, [*scores, "std. error"]))
     header = METRICS + LPIPS * (LPIPS[0] in next(iter(scores.values())))
     pairs = [(column, 2 if column.startswith("psnr") else 4) for column in header if f"{column}_bicubic" in header]
     print(f"{'image':{width}}  " + "  ".join(f"{column.upper().replace('_', '-'):>{13 + digits // 2}}"
                                              for column, digits in pairs) + "  LR-PSNR\n"
           f"{'':{width}}  " + "  ".join("result bicubic" if digits == 2 else "result  bicubic" for _, digits in pairs))
-    means = {column: np.mean([row[column] for row in scores.values()]) for column in header[1:]}
-    for name, row in [*sorted(scores.items()), ("mean", means)]:
+    values = {column: [row[column] for row in scores.values()] for column in header[1:]}
+    means = {column: np.mean(numbers) for column, numbers in values.items()}
+    errors = {column: np.std(numbers) / max(1, len(scores) - 1) ** 0.5 for column, numbers in values.items()}
+    for name, row in [*sorted(scores.items()), ("mean", means), *[("std. error", errors)] * (len(scores) > 1)]:
         print(f"{name:{width}}  " + "  ".join(
             f"{row[column]:6.{digits}f} {row[column + '_bicubic']:7.{digits}f}{' ' * (digits - 2)}"
             for column, digits in pairs) + f"  {row['lr_psnr']:7.2f}")

@@ -557,9 +557,7 @@ def main(args):
 
     # Setup state: where an interrupted training goes on, or nothing.
     state = read_state(args.output / STATE) if args.resume else None
-    if state is None and main_process:
-        for name in (STATE, "log.jsonl", "samples"):
-            set_aside(args.output / name)
+    earlier = [] if state else [STATE, "log.jsonl", "samples"]      # in the way of this training, once it can begin
 
     # Train the stages that are wanted and not yet done:
     with StopSignal() as stop:
@@ -569,6 +567,8 @@ def main(args):
                 if state and state["stage"] == name:
                     stage.load(state)
                 elif main_process:
+                    while earlier:
+                        set_aside(args.output / earlier.pop())
                     stage.save()        # so that even the first steps can be resumed
                 run_stage(stage, stop)
                 stage = None            # its faces make room for the next stage's

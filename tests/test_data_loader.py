@@ -82,6 +82,22 @@ def test_ffhq_tree_gets_its_official_split(tmp_path, capsys):
     assert len(split_files([tmp_path])[0]) > 100 and "200 pictures have names of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("first", [0, 60000])
+def test_a_part_of_ffhq_without_one_half_of_its_split_is_split_by_name(tmp_path, first):
+    """Else all of it, but for one face, would train."""
+    for number in range(first, first + 200):
+        write(tmp_path / f"{number // 1000:02d}000" / f"{number:05d}.png", gradient(8, 8))
+    train, val = split_files([tmp_path])
+    assert 4 <= len(val) <= 20 and len(train) > 140
+
+
+def test_pictures_too_small_to_train_on_are_counted(tmp_path, capsys):
+    for name, size in ("a", 40), ("b", 128), ("c", 127):
+        write(tmp_path / f"{name}.png", gradient(size, 200))
+    assert len(load_faces(sorted(tmp_path.iterdir()))) == 3
+    assert "2 pictures are smaller than 128x128" in capsys.readouterr().err
+
+
 def test_other_folders_split_by_name_for_good(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     for i in range(60):

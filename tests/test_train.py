@@ -193,6 +193,15 @@ def test_dry_run_proves_the_line_and_leaves_nothing(capsys, monkeypatch, tmp_pat
     assert len(list((tmp_path / "out" / "samples").iterdir())) == 4
 
 
+def test_a_training_that_cannot_begin_sets_nothing_aside(flags, tmp_path):
+    """A mistyped file must not cost the state of the training before."""
+    train.run([*flags, "--pretrain-steps", "1", "--gan-steps", "0"])
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(SystemExit, match="missing.pth"):
+        train.run([*flags, "--init", str(tmp_path / "missing.pth")])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before and train.STATE in before
+
+
 def test_srgan_starts_from_srresnet_and_leaves_it_alone(flags, tmp_path):
     out = tmp_path / "out"
     train.run([*flags, "--pretrain-steps", "3", "--gan-steps", "0"])
