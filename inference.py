@@ -30,7 +30,7 @@ from data_loader import (DAMAGES, FACE_SIZE, KERNELS, DataError, choose_output, 
                          open_image, printable, read_image, rescale, simulate, write_picture)
 from loss import (FACES, STUDY_KEYS, STUDY_STYLE, LossError, Study, added_detail, aimed, build_study, captioned_pairs,
                   compare, fit, load_lpips, photo_rows, photo_sentence, photo_table, plot_comparison, pointed, report,
-                  report_study, sample_faces, write_csv)
+                  report_study, result_sentence, sample_faces, write_csv)
 from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Networks, Picture,
                    enlargement, locked, photo_suffix, read_extras, restore_photos, select_device, shown_share,
                    upscale_pictures, upscale_reduced, write_result, write_results)
@@ -145,10 +145,8 @@ def main(args):
         if args.photo:
             tqdm.write(f"{picture.name}: {photo_sentence(picture, sr)}")
             faces += photo_table(picture)
-        if line:
-            scores[picture.name] = line
-        if show:
-            sheet[picture.name] = rows
+        scores |= {picture.name: line} if line else {}
+        sheet |= {picture.name: rows} if show else {}
     try:
         if scores:
             report(scores, table)
@@ -376,17 +374,8 @@ class Workshop:
             pair[1], picture.alpha = folder / "screen.png", None
             write_result(replace(picture, output=pair[1]), fit(sr, SCREEN))
         write_result(replace(picture, output=pair[0]), fit(bicubic, SCREEN))
-        line = "{1} x {0} → {3} x {2} pixels".format(*picture.lr.shape[:2], *sr.shape[:2])
-        if photo:
-            line += f"; {photo_sentence(picture, sr)} (a face missed? See below)"
-        line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
-        line += "; mostly invented: another person may come out" * (not photo and max(picture.lr.shape) < TINY)
-        line += f"; in {time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
-        if not photo and factor != (suited := self.suited(picture.lr)):
-            line += f"; for a face of this size, try {suited}x (under More)"
-        if scores:
-            line += ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), "
-                     "SSIM {ssim:.3f} (bicubic {ssim_bicubic:.3f})").format(**scores)
+        line = f"{result_sentence(picture, sr, photo, scores, self.suited(picture.lr))}; in " \
+               f"{time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
         return SimpleNamespace(
             file=str(picture.output), pair=tuple(map(str, pair)), hr=picture.hr, photo=photo, invented=invented,
             lr=None if picture.hr is None else picture.lr, faces=captioned_pairs(picture, sr), line=line,
@@ -435,18 +424,29 @@ def build_app(workshop, study):
     async def upscale_one(photo, strength, shrink, added, whole, scale, only, marks, found, when, request: gr.Request):
         path, marked = Path(photo or examples.get(scale, "")), [mark for where, *mark in marks if where == photo]
         before = {} if str(path) in found else shown(None)      # the result of another picture goes at once
+        last, wish = workshop.last(request.session_hash), (photo, strength, shrink, added, whole, scale, only, marks)
+        if when and when >= last.when and last.shown == wish:       # moved back to what is there
+            last.when, _ = when, workshop.cancel(request.session_hash)
+            yield ready(last) | {status: last.line}
+            return
         try:
             async for result in workshop.work(
                     request, workshop.enlarge, path, strength, shrink, added, whole, scale, marked, only, when=when):
-                if result is None or isinstance(result, str):       # given up: a newer one shows something; or at work
-                    yield (before | {status: result} if result else {}) | {cancel: gr.Button(interactive=bool(result))}
+                if result is None:      # given up: a newer one shows something
+                    yield {cancel: gr.Button(interactive=False)}
+                elif isinstance(result, str):
+                    yield before | ready(last, busy=True) | {status: result}
                     before = {}
                 else:
-                    workshop.last(request.session_hash).shown = strength, shrink, added, whole, scale, only, marks
-                    yield shown(result, workshop.last(request.session_hash)) | (
-                        {} if photo else {status: EXAMPLE.format(FACE_SIZE // scale)})
+                    last.shown, last.line = wish, result.line if photo else EXAMPLE.format(FACE_SIZE // scale)
+                    yield shown(result, last) | {status: last.line}
         except (UsageError, DataError, CheckpointError, OSError, MemoryError) as error:
-            yield ({} if isinstance(error, UsageError) else shown(None)) | {status: f"**{error or 'Out of memory'}**"}
+            last.shown = isinstance(error, UsageError) and last.shown
+            text = f"**{error or 'Out of memory'}**"
+            yield (ready(last) if isinstance(error, UsageError) else shown(None)) | {status: text}
+
+    def ready(last, busy=False):
+        return {cancel: gr.update(interactive=busy), download: gr.update(interactive=bool(last.shown) and not busy)}
 
     def shown(result, last=SimpleNamespace(seen=None, moved=0)):
         """What the page shows of Workshop.enlarge's result, or None: all or the Face seen, whose knob may move."""
@@ -468,8 +468,9 @@ def build_app(workshop, study):
 
     def stop(folder, request: gr.Request):
         waits, last = workshop.cancel(request.session_hash, folder), workshop.last(request.session_hash)
-        text, last.moved = "Cancelled." if waits else gr.skip(), 0
-        return text if folder else (text, *(waits and last.shown or [gr.skip()] * 7))   # the settings of what is shown
+        text = "Cancelled." if folder or last.shown else "Cancelled. Move Strength, or give it again, to begin anew."
+        last.moved, told = 0, {report if folder else status: text if waits else gr.skip()}
+        return told if folder or not waits else told | ready(last) | dict(zip(settings[1:8], (last.shown or ())[1:]))
 
     def notice_deletion(made):
         gone = made and not Path(made[1]).exists()
@@ -540,7 +541,7 @@ def build_app(workshop, study):
             yield [], None, f"**{error or 'Not enough memory'}**", gr.Button(interactive=False)
 
     make_knob = functools.partial(gr.Slider, 0, 1, workshop.args.strength, step=0.05, label="Strength", buttons=[],
-        interactive=workshop.has_knob, info="0: faithful and soft, for people you know. 1: vivid, more of it invented.")
+        interactive=workshop.has_knob, info="0: faithful, soft; for people you know, try 0.3. 1: vivid, more invented.")
 
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
                               visible=False, elem_classes="below")
@@ -608,7 +609,7 @@ def build_app(workshop, study):
             given = photo.input(begin, photo, [shrink, whole, scale, status, download], **hidden)
             for settled in (given, pick.load_input_event):
                 settled.then(upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, **hidden)
-            cancel.click(stop, gr.State(False), [status, *settings[1:8]], api_name="cancel", **at_once)
+            cancel.click(stop, gr.State(), [status, download, cancel, *settings[1:8]], api_name="cancel", **at_once)
             clock.tick(notice_deletion, made, [status, download, clock], **hidden)
             photo.change(lambda: None, None, target, **hidden)
             faces.select(look_at, [photo, made, found], [slider, *knob, target, share], js=LOOK, **hidden)
@@ -707,8 +708,8 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     args.checkpoint = args.checkpoint or CHECKPOINT.with_name(f"srgan_x{args.scale or 4}.pth")
     for wrong, sentence in (
-            (args.photo and (not args.inputs or args.hr or args.simulate or args.added),
-             "--photo needs INPUT, and does not go with --simulate, --hr or --added"),
+            (args.photo and (not args.inputs or args.hr or args.simulate or args.added or args.as_is),
+             "--photo needs INPUT, and does not go with --simulate, --hr, --added or --as-is"),
             (args.scale and args.photo, "--photo chooses the enlargement of each face itself: leave out --scale"),
             ((args.enlarge or args.background) and not args.photo, "--enlarge and --background need --photo"),
             (args.inputs and not args.simulate and not args.hr and (args.kernel, args.damage) != ("bicubic", "none"),

@@ -105,8 +105,7 @@ def lattice_loss(sr, hr, period=4, window=8):
     period x period places, over windows of `window` repetitions, less the mean of all places.
 
     A sub-pixel network can give each place a bias of its own, a regular lattice, which the VGG and adversarial losses
-    reward, since it passes for texture. It hardly counts in the squared error; here, texture averages out, it does not.
-    """
+    reward, since it passes for texture. It hardly counts in the squared error; here, unlike texture, it does."""
     height, width = (side - side % period for side in sr.shape[2:])
     error = F.pixel_unshuffle((sr - hr)[..., :height, :width], period).unflatten(1, (3, -1))    # (N, 3, period^2, h, w)
     pattern = (error - error.mean(2, keepdim=True)).flatten(1, 2)
@@ -142,8 +141,7 @@ class GeneratorLoss(nn.Module):
     Args:
         features: a VGGFeatures, for the term "vgg".
         period: HR pixels of the lattice, the scale.
-        weights: by the names of TERMS; what is left out does not count.
-    """
+        weights: by the names of TERMS; what is left out does not count."""
 
     # A new term needs its line here, and gets its flag, --NAME-weight.
     TERMS = {
@@ -174,6 +172,7 @@ class GeneratorLoss(nn.Module):
 METRICS = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic",
            "psnr_y_bicubic", "ssim_y_bicubic", "lr_psnr")
 LPIPS = "lpips", "lpips_bicubic"        # columns more, if asked for
+AIMED = 1024                # pixels a side of a photograph in which faces are numbered or pointed at
 FACES = ("image", "face", "x", "y", "size", "angle", "score", "working_size", "action", "strength")
 
 
@@ -209,9 +208,8 @@ def load_lpips():
 
 
 def score(sr, hr):
-    """Compare two (H, W, 3) uint8 pictures: PSNR (dB) and SSIM on RGB and, as psnr_y and ssim_y,
-    on luma. No border is cut; SSIM is scikit-image's with its default 7x7 window (nan for pictures
-    smaller than that)."""
+    """Compare two (H, W, 3) uint8 pictures: PSNR (dB) and SSIM on RGB and, as psnr_y and ssim_y, on luma. No border is
+    cut; SSIM is scikit-image's with its default 7x7 window (nan for pictures smaller than that)."""
     from skimage.metrics import structural_similarity   # slow to import, not always needed
     y_sr, y_hr = luma(sr), luma(hr)
     small = min(sr.shape[:2]) < 7
@@ -311,9 +309,6 @@ def compare(picture, sr, added=None, kernel="bicubic", lpips=None):
 def added_detail(faithful, sr):
     """Show what was invented: three times the difference of a result to the faithful one, around gray, uint8."""
     return ((sr.astype(np.int16) - faithful) * 3 + 128).clip(0, 255).astype(np.uint8)
-
-
-AIMED = 1024                # pixels a side of a photograph in which faces are numbered or pointed at
 
 
 def frame(picture, top, left, side, text="", colour=(255, 220, 0)):
@@ -419,6 +414,17 @@ def photo_sentence(picture, sr):
     if not numbers["restored"]:
         parts.append("nothing was changed" if factor == 1 else "only enlarged")
     return ", ".join([f"{len(patches)} face{'s' * (len(patches) != 1)}" if patches else "no face found", *parts])
+
+
+def result_sentence(picture, sr, photo, scores, suited):
+    """Say what became of a picture, a photograph or one of one face, which the enlargement `suited` would suit best."""
+    one, line = not photo, "{1} x {0} → {3} x {2} pixels".format(*picture.lr.shape[:2], *sr.shape[:2])
+    line += f"; {photo_sentence(picture, sr)} (a face missed? See below)" if photo else ""
+    line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
+    line += "; mostly invented: another person may come out" * (one and max(picture.lr.shape) < TINY)
+    line += f"; for a face of this size, try {suited}x (under More)" * (one and len(sr) != suited * len(picture.lr))
+    return line + ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), SSIM {ssim:.3f} (bicubic "
+                   "{ssim_bicubic:.3f})".format(**scores) if scores else "")
 
 
 def photo_table(picture):
@@ -656,8 +662,7 @@ def mean_opinion_scores(ratings, draws=2000, seed=0):
 
     `ratings` is (raters, faces, methods) float, 1 to 5, nan where nothing was rated; returns three arrays
     (methods,), nan for a method without ratings. The bootstrap draws raters and faces anew, both: the
-    interval says what other raters might think of other faces.
-    """
+    interval says what other raters might think of other faces."""
     rng = np.random.default_rng(seed)
     raters, faces, _ = ratings.shape
     given, points = np.isfinite(ratings).astype(float), np.nan_to_num(ratings)
@@ -675,8 +680,7 @@ def krippendorff_alpha(ratings):
     """Agreement between raters, Krippendorff's alpha for interval data: 1 is perfect, 0 is chance.
 
     `ratings` is (raters, items) float, nan where nothing was rated. nan where no item has two ratings or all
-    ratings are equal. Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability".
-    """
+    ratings are equal. Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability"."""
     items = [column[np.isfinite(column)] for column in ratings.T]
     items = [item for item in items if len(item) > 1]
     every = np.concatenate(items) if items else np.zeros(1)
