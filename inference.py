@@ -541,7 +541,7 @@ def build_app(workshop, study):
             yield [], None, f"**{error or 'Not enough memory'}**", gr.Button(interactive=False)
 
     make_knob = functools.partial(gr.Slider, 0, 1, workshop.args.strength, step=0.05, label="Strength", buttons=[],
-        interactive=workshop.has_knob, info="0 is faithful and soft, 1 vivid, more invented. For people you know, try 0.3.")
+        interactive=workshop.has_knob, info="0: faithful, soft. 1: vivid, more invented. For people you know, try 0.3.")
 
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
                               visible=False, elem_classes="below")

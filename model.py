@@ -16,7 +16,7 @@ import zipfile
 from collections import OrderedDict, defaultdict, deque
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, product
+from itertools import compress, pairwise, product
 from pathlib import Path
 
 import cv2
@@ -153,8 +153,7 @@ class SubpixelConv2d(nn.Conv2d):
         size = kernel.shape[-1] - 1
         kernel = torch.stack([F.pixel_unshuffle(kernel[..., y:y + size, x:x + size], 2)
                               for y in (1, 0) for x in (1, 0)], dim=1).flatten(0, 1)
-        bias = self.bias.repeat_interleave(4)
-        return F.pixel_shuffle(F.conv2d(features, kernel, bias, padding=reach // 2), 2)
+        return F.pixel_shuffle(F.conv2d(features, kernel, self.bias.repeat_interleave(4), padding=reach // 2), 2)
 
 
 class Discriminator(nn.Module):
@@ -416,28 +415,34 @@ def upscale(generator, pictures):
     pictures, device = np.asarray(pictures), next(generator.parameters()).device
     scale, (number, height, width, _) = generator.scale, pictures.shape
     sr = np.empty((number, height * scale, width * scale, 3), np.uint8)
-    offset, gain = torch.tensor([*map(contrast, pictures)], device=device).float().T[..., None, None, None]
+    toned, given = [*map(is_toned, pictures)], pictures
+    if any(toned):      # by brightness alone: the networks take a tint for light, and paint lips and eyes
+        gray = (cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB) for picture in pictures)
+        given = np.stack([plain if tone else picture for picture, plain, tone in zip(pictures, gray, toned)])
+    offset, gain = torch.tensor([*map(contrast, given)], device=device).float().T[..., None, None, None]
     rows, columns = ([*pairwise(i * side // -(-side // TILE) for i in range(-(-side // TILE) + 1))]
                      for side in (height, width))
     for (top, bottom), (left, right) in tqdm([*product(rows, columns)], "tiles", leave=False, disable=None, delay=2):
         y, x = max(0, top - OVERLAP), max(0, left - OVERLAP)
-        lr = (to_tensor(pictures[:, y:bottom + OVERLAP, x:right + OVERLAP]).to(device) - offset / 255) * gain
+        lr = (to_tensor(given[:, y:bottom + OVERLAP, x:right + OVERLAP]).to(device) - offset / 255) * gain
         tile = to_uint8(generator(lr.contiguous(memory_format=torch.channels_last)) / gain + offset / 255)
         sr[:, top * scale:bottom * scale, left * scale:right * scale] = \
             tile[:, (top - y) * scale:(bottom - y) * scale, (left - x) * scale:(right - x) * scale]
-    for picture, result in zip(pictures, sr):
+    for picture, result in compress(zip(pictures, sr), toned):
         keep_tone(picture, result)
     return sr
 
 
-def keep_tone(lr, sr):
-    """Keep gray and sepia pictures so, in place: the networks, which know colours only, would tint lips and eyes. The
-    result keeps its brightness, and what tells the colour of (H, W, 3) uint8 from its brightness comes from LR."""
-    sample = cv2.resize(full_contrast(lr), (12, 12), interpolation=cv2.INTER_AREA).reshape(-1, 3) / 255     # not noise
+def is_toned(picture):
+    """Tell whether (H, W, 3) uint8 is gray or sepia: its colours, at full contrast, follow from their brightness."""
+    sample = cv2.resize(full_contrast(picture), (12, 12), interpolation=cv2.INTER_AREA).reshape(-1, 3) / 255  # no noise
     gray = sample @ (0.299, 0.587, 0.114)
     curves, tints = np.vander(gray, 3), sample[:, ::2] - gray[:, None]
-    if np.square(tints - curves @ np.linalg.lstsq(curves, tints, rcond=None)[0]).sum(1).mean() > TONED ** 2:
-        return
+    return np.square(tints - curves @ np.linalg.lstsq(curves, tints, rcond=None)[0]).sum(1).mean() <= TONED ** 2
+
+
+def keep_tone(lr, sr):
+    """Give the result of a gray or sepia picture, in place, its colours again; the brightness stays the result's."""
     enlarged = rescale(lr, len(sr) // len(lr))
     for top in range(0, len(sr), 512):      # large ones need not lie in memory in 16 bits
         band, own = sr[top:top + 512], enlarged[top:top + 512]
@@ -705,9 +710,20 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
     """Yield (picture, sr) for each Picture of a photograph, in order; sr (NH, NW, 3) uint8, picture.patches its faces.
     `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
     rest is enlarged: by default with the Networks, where that is quick and no face is too sharp for them."""
-    def restore(group):
+    smallest = SMALLEST[8 if 8 in networks.files else 4]
+    for picture in photos:
+        photo, found = picture.lr, picture.found
+        found[:1] = found[:1] or [find_faces(photo)]
+        plan = functools.partial(make_patches, photo, found[0], enlargement(photo, factor), smallest)
+        picture.patches = plan(picture.marked)
+        if len(found) == 1:     # marks do not change what else is done; beside sharp faces, blur may be meant
+            plain = plan() if picture.marked else picture.patches
+            most = AROUND / max(1, sum(p.blurred for p in plain)) ** 0.5 * all(p.action != "sharp" for p in plain)
+            found[1:] = enlargement(photo, factor, plain), most
+        faces, times, most = found
+
         chosen = defaultdict(list)
-        for patch in (patch for *_, faces in group for patch in faces if patch.action == "restored"):
+        for patch in (patch for patch in picture.patches if patch.action == "restored"):
             suited = functools.partial(networks.suited, strength=strength, own=patch.strength)
             if patch.blurred and len(patch.lr) < CLEAR:
                 patch.lr, patch.sr = upscale_blurred(networks(*suited(TINY)), patch.lr, networks.tiny(suited(0)[0]))
@@ -717,34 +733,18 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
         for which, alike in chosen.items():
             for patch, patch.sr in upscale_pictures(networks(*which), alike, batch_size):
                 pass
-        for picture, times, most, picture.patches in group:
-            way = background or ("network" if picture.lr[..., 0].size <= 5e5 and most else "bicubic")
-            mild = functools.partial(networks, *networks.suited(CLEAR if picture.found[0] else TINY, strength))
-            painted = way == "network" and times == min(networks.files)  # mildly beside faces: edges look scribbled
-            canvas = enlarge_background(mild(), picture) if painted else rescale(picture.lr, times)
-            blurred = [patch for patch in picture.patches if patch.blurred and background != "bicubic"]
-            for number, patch in enumerate(blurred, 1):
-                networks.tell(f", face {number} of {len(blurred)}")
-                restore_surroundings(mild(), picture.lr, patch, canvas, times, most)
-            for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
-                if (painted or blurred) and patch.action in ("sharp", "left"):
-                    patch.sr = rescale(patch.lr, times)
-                if patch.sr is not None:
-                    paste_face(patch, canvas, picture.lr)
-            yield picture, canvas
 
-    group = []
-    for picture in photos:
-        picture.found[:1] = picture.found[:1] or [find_faces(picture.lr)]
-        smallest = SMALLEST[8 if 8 in networks.files else 4]
-        plan = functools.partial(make_patches, picture.lr, picture.found[0], enlargement(picture.lr, factor), smallest)
-        faces = plan(picture.marked)
-        if len(picture.found) == 1:     # marks do not change what else is done; beside sharp faces, blur may be meant
-            plain = plan() if picture.marked else faces
-            most = AROUND / max(1, sum(p.blurred for p in plain)) ** 0.5 * all(p.action != "sharp" for p in plain)
-            picture.found[1:] = enlargement(picture.lr, factor, plain), most
-        group.append((picture, *picture.found[1:], faces))
-        if sum(held.lr.size for held, *_ in group) > 12e6 or sum(len(patches) for *_, patches in group) >= batch_size:
-            yield from restore(group)
-            group = []
-    yield from restore(group)
+        way = background or ("network" if photo[..., 0].size <= 5e5 and most else "bicubic")
+        mild = functools.partial(networks, *networks.suited(CLEAR if faces else TINY, strength))
+        painted = way == "network" and times == min(networks.files)     # mildly beside faces: edges look scribbled
+        canvas = enlarge_background(mild(), picture) if painted else rescale(photo, times)
+        blurred = [patch for patch in picture.patches if patch.blurred and background != "bicubic"]
+        for number, patch in enumerate(blurred, 1):
+            networks.tell(f", face {number} of {len(blurred)}")
+            restore_surroundings(mild(), photo, patch, canvas, times, most)
+        for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
+            if (painted or blurred) and patch.action in ("sharp", "left"):
+                patch.sr = rescale(patch.lr, times)
+            if patch.sr is not None:
+                paste_face(patch, canvas, photo)
+        yield picture, canvas

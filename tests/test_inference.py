@@ -375,9 +375,11 @@ def test_gray_and_sepia_pictures_stay_so_and_coloured_ones_coloured(shipped):
         assert np.mean(tints[0] != tints[1]) < 0.02
     for picture in sr.values():  # the brightness is the network's
         assert cv2.Laplacian(picture[..., 1].astype(float), -1).std() > 20
-    before = sr["colour"].astype(np.uint8)
-    model.keep_tone(lr, after := before.copy())
-    assert np.array_equal(before, after) and np.ptp(after, axis=2).max() > 100
+    assert np.ptp(sr["colour"], axis=2).max() > 100
+    grainy = [np.clip(picture + np.random.default_rng(0).normal(0, 3, (32, 32, 1)), 0, 255).astype(np.uint8)
+              for picture in (gray, sepia)]
+    ours = [upscale(shipped, [picture])[0][..., 1].astype(float) for picture in grainy]
+    assert np.corrcoef(ours[0].ravel(), ours[1].ravel())[0, 1] > 0.995  # a tint is not taken for light
 
 
 def test_added_detail_is_gray_where_nothing_was_added(shipped):

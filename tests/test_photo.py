@@ -371,19 +371,15 @@ def test_a_face_that_a_jpeg_has_coarsened_is_reduced_to_what_it_shows(portraits,
     assert abs(blocks[0]) < 0.5 and blocks[1] < 1 and blocks[1:] == sorted(blocks[1:]) and blocks[3] > 3
 
 
-def test_faces_of_several_photographs_share_a_batch(portraits, generator):
-    photos = [compose(portraits, [("hopper", 40, turns, 10, 10), ("astronaut", 40, 0, 70, 20)], 140, 90)[0]
-              for turns in (0, 1)]
+def test_faces_of_one_size_share_a_batch(portraits):
+    photo, _ = compose(portraits, [("hopper", 40, 0, 10, 10), ("hopper", 40, 0, 80, 12), ("hopper", 40, 2, 150, 10),
+                                   ("astronaut", 56, 0, 10, 90)], 220, 170)
     batches = []
     generator = load_checkpoint(CHECKPOINT)[0].for_inference()
     generator.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
-    pictures = [Picture("", None, photo) for photo in photos]
-    together = list(restore_photos(Only(generator), pictures, 16, factor=4, background="bicubic"))
-    sides = [patch.side for picture, _ in together for patch in picture.patches]
-    assert len(sides) == 4 and len(batches) == len(set(sides)) and sum(batches) == 4
-    for (_, sr), photo in zip(together, photos):
-        alone = restore(generator, photo, factor=4, background="bicubic")[0]
-        assert np.abs(alone.astype(int) - sr).max() <= 1
+    sr, patches = restore(generator, photo, factor=4, background="bicubic")
+    sides = [patch.side for patch in patches]
+    assert sum(batches) == len(sides) == 4 and len(batches) == len(set(sides)) < 4
 
 
 def test_tiny_and_clear_faces_go_through_other_networks(portraits, generator):
