@@ -330,11 +330,9 @@ def find_faces(picture):
         size = [max(1, round(length * factor)) for length in (width, height)]
         view = cv2.resize(picture[..., ::-1], size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
         for quarters in range(4):
-            # Turned about its centre; complex numbers turn the points back.
-            for points, score in _detect(detector, np.rot90(view, quarters)):
+            for points, score in _detect(detector, np.rot90(view, quarters)):       # complex numbers turn them back
                 face = _frame(points * 1j ** quarters / factor + complex(width, height) / 2, score)
-                # A head that lies in a view is easily seen wrong: the points of the others are better.
-                tilt = abs((face.angle - 90 * quarters + 180) % 360 - 180)
+                tilt = abs((face.angle - 90 * quarters + 180) % 360 - 180)      # a lying head is easily seen wrong
                 found.append((score - tilt / 720, face, view, factor))
     proposed, faces = [], []            # the same face is seen several times
     for _, face, view, factor in sorted(found, key=lambda proposal: -proposal[0]):
@@ -392,8 +390,7 @@ def _look_again(detector, face, view, factor):
 
 def _frame(points, score):
     """Make a Face of eyes, nose and mouth corners, five complex numbers, by the rule that cut FFHQ (Karras et al. 2017,
-    arXiv:1710.10196, appendix C); 0.97, since the detector's points lie a little further apart than the landmarks
-    there: FFHQ's own frames of 32 to 160 pixels come out 1.01 times as large, with a deviation of 0.07."""
+    arXiv:1710.10196, appendix C), times 0.97 for this detector: FFHQ's frames come out 1.01 times as large +- 0.07."""
     across, down = points[1] - points[0], (points[3] + points[4]) / 2 - (points[0] + points[1]) / 2
     side, angle = 0.97 * 2 * max(2 * abs(across), 1.8 * abs(down)), np.degrees(np.angle(across - 1j * down))
     centre = (points[0] + points[1]) / 2 + 0.1 * down
@@ -401,8 +398,8 @@ def _frame(points, score):
 
 
 def reduction_error(picture, again, even=0.9):
-    """Mean squared error of two (H, W, 3) uint8 pictures. From 30 pixels a side on, grain does not count: what is lost
-    everywhere alike, so that the median of 8x8 fields has more than `even` of the mean, below 100 (levels squared)."""
+    """Mean squared error of two (H, W, 3) uint8 pictures. From 30 pixels on, grain does not count: what is lost
+    everywhere alike, so that the median of 8x8 fields has more than `even` of the mean, and less than 100."""
     errors = np.square(picture.astype(np.float32) - again).mean(2)
     if min(errors.shape) < 30:
         return errors.mean()
@@ -422,9 +419,9 @@ def motion(square):
 
 def working_size(square):
     """Say how much an (S, S, 3) uint8 crop of a face shows: 16, 24 or the smallest side, from 32 up to S, to which it
-    can be reduced and enlarged again and still be the same. The same is a PSNR above 37 dB in the middle, or an error
-    below 0.12 of what half that side would make, whatever the contrast (24: only below 0.04; 16, at 14: 0.08, or 0.2
-    and 37 dB): chosen on 200 faces; how often it errs is in checkpoints/photographs.md. Grain does not count."""
+    can be reduced and enlarged again and be the same: a PSNR above 37 dB in the middle, or an error below 0.12 of what
+    half that side would make (24: 0.04 only; 16, at 14: 0.08, or 0.2 and 37 dB). Grain does not count; much of it
+    leaves 40 or 32. Chosen on 200 faces: how often it errs is in checkpoints/photographs.md."""
     square = full_contrast(resize(square, 256) if len(square) > 256 else square)    # 256: far above any limit
     size, middle = len(square), slice(len(square) // 4, -(len(square) // 4))
     angle = motion(square) if size > 16 else None
@@ -435,6 +432,11 @@ def working_size(square):
         again = resize(resize(square, side, side if angle is None else size), size)
         return reduction_error(square[middle, middle], again[middle, middle], even)
 
+    rough, curve = [], np.array([1, -2, 1])     # the deviation of grain (after Immerkaer 1996), as it is, in 48 pixels
+    for gray in (part.mean(2, dtype=np.float32) for part in (square, resize(square, 48))):
+        curved = np.percentile(np.abs(cv2.sepFilter2D(gray, -1, curve, curve)), 25) / 1.91
+        rough.append(curved * 255 / max(np.ptp(np.percentile(gray, (1, 99))), 32))
+    most = size if rough[0] < 0.8 or rough[1] < 4 else 40 if rough[1] < 6 else 32
     finest = round(0.8 * size)       # above it, a blurred face has nothing but grain
     if size >= 60 and error(finest) < error(finest, 1):
         error = functools.partial(error, even=0.8)
@@ -444,7 +446,7 @@ def working_size(square):
         return 24
     for side in (32, 36, 40, 46, 52, 60, 70, 80, 96, 112, 128, 160, 192, 224):
         if side < 0.95 * size and (error(side) < SAME or error(side) < 0.12 * error(side // 2)):
-            return side
+            return min(side, most) if side < finest else side
     return size
 
 
@@ -467,9 +469,8 @@ def turning(face, angle, zoom, side):
 
 
 def cut_faces(photos, output):
-    """Make a set to train on of some photographs, files and folders: write every face that is large and sharp enough
-    to `output`, as <name of the photograph>_<its checksum>_<number>.png, over no file that is there. Returns the exit
-    status."""
+    """Make a set to train on of photographs: write every face that is large and sharp enough to `output`, as <name of
+    the photograph>_<its checksum>_<number>.png, over no file that is there. Returns the exit status."""
     files, problems = find_inputs(photos, output)
     files, numbers = [pair for pair in files if output.resolve() not in pair[0].resolve().parents], Counter(cut=0)
     for path, relative in tqdm(files, "cutting faces", unit="photograph", disable=None):
@@ -711,8 +712,7 @@ class FaceBatches:
 
     def __call__(self, step):
         """Make the batch of a step: lr (N, 3, patch/scale, patch/scale), hr (N, 3, patch, patch), N = batch / world."""
-        # Drawn for the whole batch, so that each process draws the same.
-        rng = np.random.default_rng([self.seed, 1, step])
+        rng = np.random.default_rng([self.seed, 1, step])       # for the whole batch: each process draws the same
         index = [self._index(step * self.batch_size + i) for i in range(self.batch_size)]
         turned = rng.random(self.batch_size) < TURNED * self.mixed
         angles = rng.uniform(-30, 30, self.batch_size)

@@ -136,6 +136,16 @@ def test_working_size_is_what_the_pixels_hold(portraits):
             assert least <= working_size(cv2.GaussianBlur(resize(face, 160), (0, 0), share * 160)) <= most
 
 
+def test_of_a_face_that_grain_hides_less_shows(portraits):
+    """Coarse grain, as films have: it would be taken for cracks and stains."""
+    for name in ("hopper", "astronaut"):
+        face = cv2.GaussianBlur(resize(portraits[name][0], 150), (0, 0), 1.0)
+        grain = cv2.GaussianBlur(np.random.default_rng(0).normal(0, 1, (150, 150, 1)), (0, 0), 0.8)[..., None]
+        sizes = [working_size((face * 0.5 + 70 + grain / grain.std() * levels).clip(0, 255).astype(np.uint8))
+                 for levels in (0, 5, 9)]
+        assert sizes[0] >= 46 > 40 >= sizes[1] >= sizes[2] == 32, (name, sizes)
+
+
 def test_a_restored_face_is_nearer_to_the_truth(portraits, generator):
     """Than bicubic and, where the head lies, than the network on the picture as it lies."""
     large, truth = compose(portraits, [("hopper", 144, 1, 40, 40), ("astronaut", 144, 2, 280, 60)], 520, 280)
