@@ -360,7 +360,7 @@ def test_a_blurred_photograph_is_enlarged_only_so_far_that_its_faces_fill_it(por
 
 
 @pytest.mark.parametrize("ground", ["plain", "smooth", "noisy"])
-def test_a_face_that_a_jpeg_has_coarsened_is_reduced_to_what_it_shows(portraits, generator, ground):
+def test_a_face_that_a_jpeg_has_coarsened_is_reduced_to_what_it_shows(portraits, ground):
     """Only by a poor JPEG, whatever lies behind the face; only a face of more pixels than are left of it."""
     photo, _ = compose(portraits, [("hopper", 40, 0, 10, 10), ("hopper", 80, 0, 100, 10), ("hopper", 130, 0, 200, 60)],
                        400, 260)
@@ -368,10 +368,11 @@ def test_a_face_that_a_jpeg_has_coarsened_is_reduced_to_what_it_shows(portraits,
     behind = {"plain": photo, "noisy": np.clip(photo + rng.normal(0, 3, photo.shape), 0, 255),
               "smooth": cv2.resize(rng.uniform(60, 200, (3, 4, 3)), (400, 260), interpolation=cv2.INTER_CUBIC)}[ground]
     photo = np.where(empty, behind, photo).clip(0, 255).astype(np.uint8)
-    plain = [patch.working_size for patch in restore(generator, photo)[1]]
+    faces = find_faces(photo)
+    plain = [patch.working_size for patch in model.make_patches(photo, faces, 4)]
     assert plain[1] > 70 and plain[2] > 110
     for quality in (50, 60, 90, 95, 98):
-        _, patches = restore(generator, data_loader.jpeg(photo, quality))
+        patches = model.make_patches(data_loader.jpeg(photo, quality), faces, 4)
         assert [patch.action for patch in patches] == ["restored", "restored", "sharp"], quality
         assert len(patches[0].lr) == patches[0].side and abs(patches[0].working_size - plain[0]) <= 6, quality
         least, most = (48, 54) if quality < 75 else (patches[1].side,) * 2
