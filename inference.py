@@ -226,8 +226,7 @@ document.addEventListener("keydown", event => {
         for (const [type, place] of [["mousedown", centre], ["mousemove", end], ["mouseup", end]])
             (type == "mousedown" ? line : window).dispatchEvent(new MouseEvent(
                 type, {clientX: place, clientY: y + 9, view: window, bubbles: true}));
-        line.setAttribute("aria-valuenow", Math.round(50 + 50 * (end - middle) / half));
-        event.preventDefault();
+        line.setAttribute("aria-valuenow", Math.round(50 + 50 * (end - middle) / half)); event.preventDefault();
     }
 });
 const name = (selector, names) => document.querySelectorAll(selector).forEach(element => {
@@ -267,7 +266,7 @@ class Workshop:
     def __init__(self, args, folder):
         self.args, self.folder, self.jobs, self.found = args, folder, {}, defaultdict(list)
         self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
-        self.last = functools.lru_cache(1000)(lambda _: SimpleNamespace(when=0, seen=None, moved=0, marks=[], shown=0))
+        self.last = functools.lru_cache(1000)(lambda _: SimpleNamespace(when=0, seen=0, moved=0, marks=[], shown=(0,)))
         self.known = functools.lru_cache(1)(lambda name: {})    # what the networks made of the last photograph
         self.device = select_device(args.device)
         self.networks = Networks(args.checkpoint, self.device, args.precision)
@@ -278,7 +277,7 @@ class Workshop:
         """Carry out method(job, *arguments) in a thread: yield what it is at from time to time, at the end its result,
         or None where it was cancelled. Given up is what the page asked before `when`, and what a closed page asked."""
         import asyncio      # of no use to the command, which starts sooner without
-        page, started = request.session_hash, time.monotonic()
+        page, folder, started = request.session_hash, method == self.enlarge_all, time.monotonic()
         job = SimpleNamespace(host=request.client.host, gone=False, over=False, text="Working", part="")
 
         def run():
@@ -289,10 +288,10 @@ class Workshop:
             yield None          # without any answer, Gradio would blank the page
             return
         self.last(page).when = when or self.last(page).when
-        self.cancel(page)
+        vars(self.jobs.pop((page, folder), SimpleNamespace())).update(over=True, gone=True)
         if sum(other.host == job.host for other in self.jobs.values()) >= WAITING:
             raise DataError(f"{WAITING} pictures from your address are waiting already; try again later")
-        self.jobs[page] = job
+        self.jobs[page, folder] = job
         done = asyncio.get_running_loop().run_in_executor(self.hands, run)
         try:
             while not (await asyncio.wait([done], timeout=0.5))[0] and not job.gone:
@@ -300,12 +299,12 @@ class Workshop:
             yield None if job.gone else done.result()       # given up: the thread sees it before its next tile
         finally:
             job.gone = job.over = True
-            if self.jobs.get(page) is job:
-                del self.jobs[page]
+            if self.jobs.get((page, folder)) is job:
+                del self.jobs[page, folder]
 
     def cancel(self, page, folder=False):
         """End what a page waits for, at once or, of a folder, with what is done by then; return whether it waits."""
-        if job := self.jobs.get(page) if folder else self.jobs.pop(page, None):
+        if job := self.jobs.get((page, True)) if folder else self.jobs.pop((page, False), None):
             job.over, job.gone = True, not folder
         return job is not None
 
@@ -435,6 +434,7 @@ def build_app(workshop, study):
                 if result is None:      # given up: a newer one shows something
                     yield {cancel: gr.Button(interactive=False)}
                 elif isinstance(result, str):
+                    last.shown = not before and last.shown
                     yield before | ready(last, busy=True) | {status: result}
                     before = {}
                 else:
@@ -442,8 +442,7 @@ def build_app(workshop, study):
                     yield shown(result, last) | {status: last.line}
         except (UsageError, DataError, CheckpointError, OSError, MemoryError) as error:
             last.shown = isinstance(error, UsageError) and last.shown
-            text = f"**{error or 'Out of memory'}**"
-            yield (ready(last) if isinstance(error, UsageError) else shown(None)) | {status: text}
+            yield (ready(last) if last.shown else shown(None)) | {status: f"**{error or 'Out of memory'}**"}
 
     def ready(last, busy=False):
         return {cancel: gr.update(interactive=busy), download: gr.update(interactive=bool(last.shown) and not busy)}
@@ -469,11 +468,13 @@ def build_app(workshop, study):
     def stop(folder, request: gr.Request):
         waits, last = workshop.cancel(request.session_hash, folder), workshop.last(request.session_hash)
         text = "Cancelled." if folder or last.shown else "Cancelled. Move Strength, or give it again, to begin anew."
-        last.moved, told = 0, {report if folder else status: text if waits else gr.skip()}
+        vars(last).update({"moved": 0} | ({"line": text} if waits and not folder else {}))
+        told = {report if folder else status: text if waits else gr.skip()}
         return told if folder or not waits else told | ready(last) | dict(zip(settings[1:8], (last.shown or ())[1:]))
 
-    def notice_deletion(made):
-        gone = made and not Path(made[1]).exists()
+    def notice_deletion(made, request: gr.Request):
+        gone, last = made and not Path(made[1]).exists(), workshop.last(request.session_hash)
+        last.shown = not gone and last.shown
         return (DELETED, gr.DownloadButton(interactive=False), gr.Timer(active=False)) if gone else gr.skip()
 
     def opened(path):
@@ -677,10 +678,9 @@ def serve(args):
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(prog="inference.py", description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
+    add, truth = parser.add_argument, parser.add_mutually_exclusive_group()
     add("inputs", nargs="*", metavar="INPUT", help="files and folders (recursively); without, a few sample faces")
     add("--output", type=Path, default=Path("results"), metavar="DIR", help="folder for the results [%(default)s]")
-    truth = parser.add_mutually_exclusive_group()
     truth.add_argument("--hr", type=Path, metavar="DIR", help="ground truth of the same names: score against it")
     truth.add_argument("--simulate", action="store_true", help="the inputs are HR: reduce them first")
     add("--kernel", default="bicubic", choices=list(KERNELS), help="how HR is reduced, or was, with --hr [%(default)s]")

@@ -298,7 +298,6 @@ class Networks:
 
     tell = staticmethod(lambda text: None)      # for those who want to know what `restore_photos` is at
 
-
     def __call__(self, strength=1, scale=None):
         return self.load(round(strength, 2), scale or self.scale)
 
@@ -577,8 +576,8 @@ class Patch:
 
 def blockiness(photo, top, left, side):
     """By how many levels neighbours in a square of an (H, W, 3) uint8 photograph differ more, beyond the slope, across
-    the borders of JPEG's blocks of 8 pixels than within: about 0 where it was no JPEG, or has been resized since, 0.3
-    at a quality of 95, 2.5 at 80, 4 at 60, whatever is in the picture (60 faces)."""
+    the borders of JPEG's blocks of 8 pixels than within: about 0 where it was no JPEG, or has been resized or cropped
+    since, 0.3 at a quality of 95, 2.5 at 80, 4 at 60, whatever is in the picture (60 faces)."""
     part, excess = photo[-(-top // 8) * 8:(top + side) // 8 * 8, -(-left // 8) * 8:(left + side) // 8 * 8], []
     for steps in (np.diff(part.mean(2, dtype=np.float32), axis=1), np.diff(part.mean(2, dtype=np.float32), axis=0).T):
         steps = np.abs(steps[:, 1:-1] - (steps[:, :-2] + steps[:, 2:]) / 2).clip(0, 20).mean(0)     # more is an edge
@@ -628,11 +627,11 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
     return patches
 
 
-def add_grain(sr, part, share):
+def add_grain(sr, part, share, top, left, side):
     """Lay over a result the grain of `part`, (H, W, 3) uint8, that it lost when that was reduced to a share first: what
-    is lost everywhere, not edges, of which more is lost."""
+    is lost everywhere in the square of the face, not edges, of which more is lost."""
     grain = cv2.subtract(part, resize(rescale(part, share), *part.shape[1::-1]), dtype=cv2.CV_16S)
-    most = 4 * np.median(np.abs(grain[::4, ::4]))       # 2.7 deviations
+    most = int(4 * np.median(np.abs(grain[top:top + side:4, left:left + side:4])))      # 2.7 deviations; stays 16 bits
     grain = cv2.resize(grain.clip(-most, most), sr.shape[1::-1], interpolation=cv2.INTER_CUBIC)
     return cv2.addWeighted(sr, 1, grain, GRAIN, 0, dtype=cv2.CV_8U)
 
@@ -641,7 +640,7 @@ def paste_face(patch, canvas, photo):
     """Lay a restored face over its place in the enlarged photograph, fading into it at the edge of its square."""
     factor, face, top, left, reach = len(canvas) // len(photo), patch.face, patch.top, patch.left, patch.side
     if patch.turn % 90:     # its square reaches further in the photograph, which is not turned
-        top, left, reach = max(0, int(face.y) - reach), max(0, int(face.x) - reach), 2 * reach
+        top, left, reach = min(max(0, int(face.y) - reach), top), min(max(0, int(face.x) - reach), left), 2 * reach
     part, side = photo[top:, left:][:reach, :reach], patch.side * factor
     place, sr = canvas[top * factor:, left * factor:][:reach * factor, :reach * factor], resize(patch.sr, side)
     ramp = np.clip((np.arange(side) + 0.5) / side * 6, 0, 1)
@@ -654,7 +653,7 @@ def paste_face(patch, canvas, photo):
     else:
         sr = np.rot90(sr, -patch.turn // 90)
     if patch.blurred:
-        sr = add_grain(sr, part, patch.given / patch.side)
+        sr = add_grain(sr, part, patch.given / patch.side, patch.top - top, patch.left - left, patch.side)
     place[:] = cv2.blendLinear(place, sr, 1 - mask, mask)
 
 
@@ -686,7 +685,8 @@ def restore_surroundings(generator, photo, patch, canvas, factor, most):
         key = getattr(generator, "generator", None), around.shape, around.tobytes(), share, factor
         sr = (known := getattr(generator, "known", {})).get(key)
         sr = known[key] = upscale_reduced(generator, around, share, scale=factor) if sr is None else sr
-        place[:] = cv2.blendLinear(place, add_grain(sr, around, share), 1 - mask, mask)
+        sr = add_grain(sr, around, share, patch.top - top, patch.left - left, patch.side)
+        place[:] = cv2.blendLinear(place, sr, 1 - mask, mask)
 
 
 def enlarge_background(generator, picture):

@@ -376,6 +376,8 @@ def test_gray_and_sepia_pictures_stay_so_and_coloured_ones_coloured(shipped):
     for picture in sr.values():  # the brightness is the network's
         assert cv2.Laplacian(picture[..., 1].astype(float), -1).std() > 20
     assert np.ptp(sr["colour"], axis=2).max() > 100
+    mixed = upscale(shipped, [gray, lr, sepia])  # what one is does not change another
+    assert all(np.abs(ours - sr[name]).max() <= 1 for ours, name in zip(mixed, ("gray", "colour", "sepia")))
     grainy = [np.clip(picture + np.random.default_rng(0).normal(0, 3, (32, 32, 1)), 0, 255).astype(np.uint8)
               for picture in (gray, sepia)]
     ours = [upscale(shipped, [picture])[0][..., 1].astype(float) for picture in grainy]

@@ -272,13 +272,13 @@ def test_strength_is_a_number_from_0_to_1(app, client, tmp_path):
 
 def test_what_is_cancelled_takes_its_settings_back(client, tmp_path):
     """Else they would count with the next change, unasked."""
-    upscale(client, save(tmp_path / "a.png"), 0.85)
     large = handle_file(save(tmp_path / "large.png", (1000, 1000)))
-    job = client.submit(large, 0.3, False, False, True, 4, False, api_name="/upscale")
+    client.predict(large, 0.85, False, False, True, 4, False, api_name="/upscale")
+    job = client.submit(large, 0.3, False, False, True, 4, True, api_name="/upscale")
     while not job.outputs():  # "Working: 1 s"
         time.sleep(0.05)
     text, *buttons_and_settings = client.predict(api_name="/cancel")
-    assert text == "Cancelled." and buttons_and_settings[-6:] == [0.85, False, False, False, 4, False]
+    assert text == "Cancelled." and buttons_and_settings[-6:] == [0.85, False, False, True, 4, False]
     assert "Cancelled." not in client.predict(api_name="/cancel")
 
 
@@ -690,8 +690,8 @@ def test_moved_back_to_what_is_shown_nothing_is_made_again(workshop, monkeypatch
 
     monkeypatch.setattr(workshop, "enlarge", slowly)
 
-    def wish(strength, when):
-        return upscale_one(given, strength, False, False, False, 4, False, [], {}, when, visitor("page"))
+    def wish(strength, when, path=given, found={given: []}):
+        return upscale_one(path, strength, False, False, False, 4, False, [], found, when, visitor("page"))
 
     def download(answer):
         [update] = [update for box, update in answer.items() if type(box).__name__ == "DownloadButton"]
@@ -704,11 +704,15 @@ def test_moved_back_to_what_is_shown_nothing_is_made_again(workshop, monkeypatch
         [again] = [answer async for answer in wish(1, 3)]
         assert download(again) and len(again) == 3
         assert "12 x 10" in next(text for box, text in again.items() if box.elem_id == "status")
+        blank = await anext(wish(0.5, 4, str(save(workshop.folder / "other.png"))))
+        assert None in [update for box, update in blank.items() if type(box).__name__ == "ImageSlider"]
+        [*_, again] = [answer async for answer in wish(1, 5)]
+        assert download(again) and len(again) > 3  # since the page was blank
         free.set()
 
     with ThreadPoolExecutor() as pool:
         pool.submit(asyncio.run, scenario()).result()
-    assert begun == [1, 0.5]
+    assert begun == [1, 0.5, 0.5, 1]
 
 
 def test_a_large_picture_does_not_hold_up_a_face(workshop):
