@@ -500,7 +500,7 @@ def build_app(workshop, study):
         picture = opened(path)      # the settings of the one before may not fit it
         vars(workshop.last(request.session_hash)).update(seen=None, shown=0)
         suited = workshop.scale if picture is None else workshop.suited(picture)
-        return False, False, suited, "Working …", gr.DownloadButton(interactive=False)
+        return False, False, suited, "Working …", gr.DownloadButton(interactive=False), 0.25
 
     def look_at(path, made, found, event: gr.SelectData, request: gr.Request):
         pair = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
@@ -607,7 +607,7 @@ def build_app(workshop, study):
             boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, *knob, status]
             gr.on([strength.change, shrink.input, added.input, whole.input, scale.input, only.input, marks.change],
                   upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, api_name="upscale", **at_once)
-            given = photo.input(begin, photo, [shrink, whole, scale, status, download], **hidden)
+            given = photo.input(begin, photo, [shrink, whole, scale, status, download, share], **hidden)
             for settled in (given, pick.load_input_event):
                 settled.then(upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, **hidden)
             cancel.click(stop, gr.State(), [status, download, cancel, *settings[1:8]], api_name="cancel", **at_once)

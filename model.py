@@ -547,7 +547,7 @@ def write_results(results):
 
 SMALLEST = {4: 20, 8: 12}   # pixels of a frame from which a face can be made, by the largest scale at hand
 TINY = 24                   # pixels: below, eight times gives the better face, 0.7 of the strength a better likeness
-CLEAR = 76                  # pixels: from here on, half the strength is as good (LPIPS) and 0.7 dB nearer to the truth
+CLEAR, OWN = 76, 60         # pixels: from here on, half the strength is as good; what is smoothed away is laid back
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
 TILT, SURE = 10, 0.85       # degrees and score, from which on blurred faces are turned upright (LPIPS 0.051 for 0.068)
@@ -627,11 +627,12 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
     return patches
 
 
-def add_grain(sr, part, share, top, left, side):
-    """Lay over a result the grain of `part`, (H, W, 3) uint8, that it lost when that was reduced to a share first: what
-    is lost everywhere in the square of the face, not edges, of which more is lost."""
-    grain = cv2.subtract(part, resize(rescale(part, share), *part.shape[1::-1]), dtype=cv2.CV_16S)
-    most = int(4 * np.median(np.abs(grain[top:top + side:4, left:left + side:4])))      # 2.7 deviations; stays 16 bits
+def add_grain(sr, part, share=1, top=0, left=0, side=0):
+    """Lay over a result what it lost of its source, (H, W, 3) uint8: if that was reduced to a share first, what is lost
+    everywhere in the square of the face, unlike at edges; else, what the network smoothed away."""
+    again = resize(rescale(part, share) if share < 1 else sr, *part.shape[1::-1])
+    grain = cv2.subtract(part, again, dtype=cv2.CV_16S)
+    most = int(4 * np.median(np.abs(grain[top:top + side:4, left:left + side:4]))) if share < 1 else 255    # 2.7 sd
     grain = cv2.resize(grain.clip(-most, most), sr.shape[1::-1], interpolation=cv2.INTER_CUBIC)
     return cv2.addWeighted(sr, 1, grain, GRAIN, 0, dtype=cv2.CV_8U)
 
@@ -721,7 +722,6 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
             most = AROUND / max(1, sum(p.blurred for p in plain)) ** 0.5 * all(p.action != "sharp" for p in plain)
             found[1:] = enlargement(photo, factor, plain), most
         faces, times, most = found
-
         chosen = defaultdict(list)
         for patch in (patch for patch in picture.patches if patch.action == "restored"):
             suited = functools.partial(networks.suited, strength=strength, own=patch.strength)
@@ -731,8 +731,8 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
                 chosen[suited(len(patch.lr))].append(patch)
             patch.strength = suited(len(patch.lr))[0]
         for which, alike in chosen.items():
-            for patch, patch.sr in upscale_pictures(networks(*which), alike, batch_size):
-                pass
+            for patch, sr in upscale_pictures(networks(*which), alike, batch_size):
+                patch.sr = add_grain(sr, patch.lr) if OWN <= len(patch.lr) == patch.side else sr
 
         way = background or ("network" if photo[..., 0].size <= 5e5 and most else "bicubic")
         mild = functools.partial(networks, *networks.suited(CLEAR if faces else TINY, strength))

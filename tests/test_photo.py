@@ -315,6 +315,17 @@ def test_grain_stays_on_a_blurred_face_and_around_it(portraits, generator, angle
     assert patch.blurred and 0.6 < (fine * given[80:140, 80:140]).sum() / np.square(given[80:140, 80:140]).sum() < 0.9
 
 
+def test_a_face_that_shows_much_keeps_its_own_texture(portraits, generator):
+    """Of those with few pixels, what is invented fits them anyway."""
+    photo, _ = compose(portraits, [("hopper", 90, 0, 10, 10), ("hopper", 40, 0, 150, 10)], 240, 140)
+    photo = (photo + np.random.default_rng(0).normal(0, 3, photo.shape)).clip(0, 255).astype(np.uint8)
+    _, (large, small) = restore(generator, photo, factor=4)
+    plain = [upscale(generator, [patch.lr])[0] for patch in (large, small)]
+    near = [psnr(resize(picture, large.side), large.lr) for picture in (plain[0], large.sr)]
+    assert near[1] > near[0] + 4
+    assert large.action == "restored" and np.abs(small.sr.astype(int) - plain[1]).max() <= 1
+
+
 def test_where_there_is_no_grain_none_is_made(portraits):
     """Of edges, more is lost than elsewhere: they would come back as halos."""
     picture = cv2.GaussianBlur(portraits["astronaut"][0], (0, 0), 1)
