@@ -38,7 +38,7 @@ PRECISION_HELP = ("of the networks' arithmetic; auto: bfloat16 where the hardwar
 CONTENT = 2 * 10**9         # bytes that a .pth file may unpack to; VGG19 has 0.55
 TILE, OVERLAP = 288, 24     # LR pixels; what lies further away changes three values in a million by two grey levels
 TONED = 5 / 255             # error of colour guessed from brightness: less is gray or sepia (700 faces of FFHQ: 6.3 on)
-WRITERS, KNOWN = 8, 2**28   # threads that compress PNGs (as many pictures wait for them); bytes of `Networks.at_work`
+WRITERS, KNOWN = 8, 2**29   # threads that compress PNGs (as many pictures wait for them); bytes of `Networks.at_work`
 CUDA_FULL = "the GPU's memory is full; try a smaller --batch-size, or --device cpu"
 
 
@@ -289,14 +289,12 @@ class Networks:
                 generator = interpolate(load_checkpoint(path)[0], generator, strength)
             return generator.for_inference(select_dtype(precision, device)).to(device)
 
-        self.load = functools.lru_cache(maxsize=48)(load)       # the knob has 21 places
+        self.load, self.tell = functools.lru_cache(maxsize=48)(load), lambda text: None     # the knob has 21 places
         self.scale = load_checkpoint(checkpoint)[0].scale
         names = {scale: re.sub(r"_x\d\.pth$", f"_x{scale}.pth", checkpoint.name) for scale in (4, 8)}
         self.files = {scale: checkpoint.with_name(name) for scale, name in names.items()
                       if name != checkpoint.name and checkpoint.with_name(name).exists()} | {self.scale: checkpoint}
         self.has_knob = all(path.with_name(f"srresnet_x{scale}.pth").exists() for scale, path in self.files.items())
-
-    tell = staticmethod(lambda text: None)      # for those who want to know what `restore_photos` is at
 
     def __call__(self, strength=1, scale=None):
         return self.load(round(strength, 2), scale or self.scale)
@@ -322,7 +320,8 @@ class Networks:
 
 
 class AtWork(nn.Module):
-    """A generator at work for a job: its tiles take turns with those of others, and end when the job is over."""
+    """A generator at work for a job: its tiles take turns with those of others, and end when the job is over; what it
+    made of one is kept in `known`."""
 
     def __init__(self, generator, job, worker, known):
         super().__init__()
@@ -331,7 +330,10 @@ class AtWork(nn.Module):
     def forward(self, lr):
         if self.job.over:
             raise CancelledError
-        return self.worker.submit(self.generator, lr).result()
+        key = self.generator, lr.shape, hashlib.sha256(lr.cpu().numpy().tobytes()).digest()
+        if (sr := self.known.get(key)) is None:
+            sr = self.known[key] = self.worker.submit(self.generator, lr).result()
+        return sr
 
 
 @contextlib.contextmanager
@@ -683,9 +685,7 @@ def restore_surroundings(generator, photo, patch, canvas, factor, most):
             layers.append((share, mask))
         rest = 1 - mask
     for share, mask in reversed(layers):
-        key = getattr(generator, "generator", None), around.shape, around.tobytes(), share, factor
-        sr = (known := getattr(generator, "known", {})).get(key)
-        sr = known[key] = upscale_reduced(generator, around, share, scale=factor) if sr is None else sr
+        sr = upscale_reduced(generator, around, share, scale=factor)
         sr = add_grain(sr, around, share, patch.top - top, patch.left - left, patch.side)
         place[:] = cv2.blendLinear(place, sr, 1 - mask, mask)
 

@@ -722,7 +722,7 @@ def test_a_large_picture_does_not_hold_up_a_face(workshop):
         lambda _, inputs: widths.append(inputs[0].shape[-1]) or begun.set())
     at_work = workshop.networks.at_work(SimpleNamespace(over=False), workshop.worker, {})
     with ThreadPoolExecutor() as pool:
-        large = pool.submit(upscale_picture, at_work(1), [np.zeros((600, 600, 3), np.uint8)])
+        large = pool.submit(upscale_picture, at_work(1), [np.random.default_rng(0).integers(0, 255, (600, 600, 3), np.uint8)])
         assert begun.wait(20)
         assert upscale_picture(at_work(1), [np.zeros((32, 32, 3), np.uint8)]).shape == (1, 128, 128, 3)
         assert large.result().shape == (1, 2400, 2400, 3)
@@ -764,14 +764,14 @@ def test_the_faces_of_a_photograph_are_looked_for_once(workshop, monkeypatch):
 def test_a_change_of_one_face_computes_nothing_around_the_others(workshop, monkeypatch):
     """The result is the same as without what is kept; the photograph keeps its size, though a sharp face joins."""
     astronaut = Image.fromarray(skimage.data.astronaut()).resize((256, 256)).filter(ImageFilter.GaussianBlur(3))
-    path, computed, upscale = workshop.folder / "two.png", [], model.upscale
+    path, computed, submit = workshop.folder / "two.png", [], workshop.worker.submit
     Image.fromarray(np.hstack([np.array(astronaut)] * 2)).save(path)
-    monkeypatch.setattr(model, "upscale", lambda net, pictures: computed.append(np.shape(pictures)) or upscale(net, pictures))
+    monkeypatch.setattr(workshop.worker, "submit", lambda net, lr: computed.append(lr.shape[-1]) or submit(net, lr))
 
     def enlarge(*marks):
         computed.clear()
         result = workshop.enlarge(None, path, 1, False, False, False, 4, marks)
-        return result, read_image(Path(result.file))[0], max(width for _, _, width, _ in computed)
+        return result, read_image(Path(result.file))[0], max(computed, default=0)
 
     first, before, around = enlarge()
     assert "2 faces, 2 restored" in first.line and around > 200

@@ -62,6 +62,7 @@ class Only(model.Networks):
     def __init__(self, generator, others={}):
         self.files, self.has_knob = dict.fromkeys((4, *(scale for _, scale in others))), (0.5, 4) in others
         self.load = lambda strength, scale: {(1, 4): generator, **others}[strength, scale]
+        self.tell = lambda text: None
 
 
 def restore(generator, photo, others={}, marked=(), **options):
