@@ -300,7 +300,7 @@ class Networks:
         return self.load(round(strength, 2), scale or self.scale)
 
     def at_work(self, job, worker, known):
-        """The same for a job, whose tiles take turns with those of others; the dict `known` keeps what costs most."""
+        """The same for a job, whose tiles take turns with those of others; what is made of one is kept in `known`."""
         if sum(sr.nbytes for sr in list(known.values())) > KNOWN:
             known.clear()
         networks = copy.copy(self)
@@ -655,7 +655,7 @@ def paste_face(patch, canvas, photo):
         mask = cv2.warpAffine(mask, matrix, place.shape[1::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
     else:
         sr = np.rot90(sr, -patch.turn // 90)
-    if patch.blurred:
+    if patch.blurred and patch.given < patch.side:
         sr = add_grain(sr, part, patch.given / patch.side, patch.top - top, patch.left - left, patch.side)
     place[:] = cv2.blendLinear(place, sr, 1 - mask, mask)
 
