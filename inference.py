@@ -211,9 +211,9 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
     #status p {font-size: .85em} :is(#faces, #missed) {order: 1} #rest {order: 2}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
     #photo {height: 140px !important; min-height: 0 !important} #faces .grid-wrap {max-height: 45vh !important}
+    #cancel:enabled {position: fixed; bottom: 1em; right: 1em; z-index: 9; box-shadow: 0 0 9px #0008}
     #compare:not(.fullscreen) {height: calc(84vw + 30px) !important} .caption-label {font-size: 10px !important}}"""
-# What Gradio's slider, which knows the mouse alone, lacks; alternative texts.
-KEYS = """<script>
+KEYS = """<script>      // what Gradio's slider, which knows the mouse alone, lacks; alternative texts
 document.addEventListener("keydown", event => {
     if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, textarea")) return;
     const line = event.target.closest("[data-testid=slider]");
@@ -542,7 +542,7 @@ def build_app(workshop, study):
             yield [], None, f"**{error or 'Not enough memory'}**", gr.Button(interactive=False)
 
     make_knob = functools.partial(gr.Slider, 0, 1, workshop.args.strength, step=0.05, label="Strength", buttons=[],
-        interactive=workshop.has_knob, info="0: faithful, soft. 1: vivid, more invented. For people you know, try 0.3.")
+        interactive=workshop.has_knob, info="0: faithful, soft. 1: vivid, more invented. Too sharp, too old? Try 0.3.")
 
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
                               visible=False, elem_classes="below")
