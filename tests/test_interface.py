@@ -272,7 +272,7 @@ def test_strength_is_a_number_from_0_to_1(app, client, tmp_path):
 
 def test_what_is_cancelled_takes_its_settings_back(client, tmp_path):
     """Else they would count with the next change, unasked."""
-    large = handle_file(save(tmp_path / "large.png", (1000, 1000)))
+    large = handle_file(save(tmp_path / "large.png", (800, 800)))
     client.predict(large, 0.85, False, False, True, 4, False, api_name="/upscale")
     job = client.submit(large, 0.3, False, False, True, 4, True, api_name="/upscale")
     while not job.outputs():  # "Working: 1 s"
