@@ -725,11 +725,11 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
         chosen = defaultdict(list)
         for patch in (patch for patch in picture.patches if patch.action == "restored"):
             suited = functools.partial(networks.suited, strength=strength, own=patch.strength)
-            if patch.blurred and len(patch.lr) < CLEAR:
-                patch.lr, patch.sr = upscale_blurred(networks(*suited(TINY)), patch.lr, networks.tiny(suited(0)[0]))
-            else:
-                chosen[suited(len(patch.lr))].append(patch)
+            if patch.blurred and len(patch.lr) < CLEAR:     # what it shows does not depend on the strength
+                vivid, tiny = networks(*networks.suited(TINY)), networks.tiny(networks.suited(0)[0])
+                patch.lr = upscale_blurred(vivid, patch.lr, tiny)[0]
             patch.strength = suited(len(patch.lr))[0]
+            chosen[suited(len(patch.lr))].append(patch)
         for which, alike in chosen.items():
             for patch, sr in upscale_pictures(networks(*which), alike, batch_size):
                 patch.sr = add_grain(sr, patch.lr) if OWN <= len(patch.lr) == patch.side else sr

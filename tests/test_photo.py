@@ -327,6 +327,17 @@ def test_a_face_that_shows_much_keeps_its_own_texture(portraits, generator):
     assert large.action == "restored" and np.abs(small.sr.astype(int) - plain[1]).max() <= 1
 
 
+def test_what_a_grainy_face_shows_does_not_depend_on_the_strength():
+    """A soft network makes less of it; that is no reason to give it fewer pixels, and so invent more."""
+    networks, rng = model.Networks(CHECKPOINT), np.random.default_rng(0)
+    face = cv2.GaussianBlur(resize(skimage.data.astronaut()[:228, 110:338], 150), (0, 0), 2)
+    grain = cv2.GaussianBlur(rng.normal(0, 1, (150, 150, 1)), (0, 0), 0.8)[..., None]
+    photo = (face * 0.5 + 60 + grain / grain.std() * 6).clip(0, 255).astype(np.uint8)
+    for strength in (1, 0.3, 0):
+        [(picture, _)] = restore_photos(networks, [Picture("photo", None, photo)], 16, strength, 1)
+        assert [(len(patch.lr), patch.strength) for patch in picture.patches] == [(32, strength)]
+
+
 def test_where_there_is_no_grain_none_is_made(portraits):
     """Of edges, more is lost than elsewhere: they would come back as halos."""
     picture = cv2.GaussianBlur(portraits["astronaut"][0], (0, 0), 1)
