@@ -126,13 +126,13 @@ def main(args):
     if args.photo:
         results = restore_photos(networks, pictures, args.batch_size, args.strength, args.enlarge, args.background)
     else:
-        results = upscale_pictures(generator, pictures, args.batch_size, networks.tiny(args.strength))
+        results = upscale_pictures(generator, pictures, args.batch_size, networks.tiny(args.strength), networks())
     for picture, sr, writing in tqdm(write_results(results), "upscaling", len(files) or None, unit="picture",
                                      leave=False, disable=None):
         line, show = {}, len(sheet) < SHOWN
         rows = photo_rows(picture, sr) if args.photo and show else []
         if not args.photo and (picture.hr is not None or show):
-            added = added_detail(upscale_reduced(faithful, picture.lr, picture.share, networks.tiny(0)),
+            added = added_detail(upscale_reduced(faithful, picture.lr, picture.share, networks.tiny(0), networks()),
                                  sr) if show and faithful else None
             row, line = compare(picture, sr, added, args.kernel, lpips)
             rows = [row]
@@ -323,12 +323,12 @@ class Workshop:
         if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
             raise UsageError("Strength is a number from 0 to 1")
         networks = self.networks.at_work(job or SimpleNamespace(over=False), self.worker, self.known(picture.name))
-        path, background = Path(picture.name), "bicubic" if faces_only else None
+        path, background, tiny = Path(picture.name), "bicubic" if faces_only else None, networks.tiny(strength)
         if photo:
             sr = next(restore_photos(networks, [picture], self.args.batch_size, strength, None, background))[1]
         else:
             picture.share = shown_share(picture.lr) if picture.hr is None else 1
-            sr = upscale_reduced(networks(strength, scale), picture.lr, picture.share, networks.tiny(strength))
+            sr = upscale_reduced(networks(strength, scale), picture.lr, picture.share, tiny, networks(1, scale))
         deed = "restored" if any(p.action == "restored" for p in picture.patches) else f"x{len(sr) // len(picture.lr)}"
         picture.name = f"{path.stem}_{deed}{photo_suffix(path, picture.alpha) if photo else '.png'}"
         return sr

@@ -320,8 +320,7 @@ class Networks:
 
 
 class AtWork(nn.Module):
-    """A generator at work for a job: its tiles take turns with those of others, and end when the job is over; what it
-    made of one is kept in `known`."""
+    """A generator at work for a job: its tiles take turns with others', end with the job, and are kept in `known`."""
 
     def __init__(self, generator, job, worker, known):
         super().__init__()
@@ -480,29 +479,29 @@ def shown_share(lr):
     return size / side if size < SOFT[4] * side else 1
 
 
-def upscale_blurred(generator, lr, tiny=None):
-    """Enlarge a blurred picture, reduced to what it seems to show. What the network leaves as soft as it was shows
-    less, and goes through it again in 24 pixels, and in 16, if there is `tiny`, a function that gives the generator for
-    fewer than TINY. Returns (lr as it was given in the end, sr)."""
+def upscale_blurred(generator, lr, tiny=None, vivid=None):
+    """Enlarge a blurred picture: (lr as it was given in the end, sr). What `vivid`, the generator of full strength,
+    leaves as soft as it was is reduced again, to 24 pixels, and to 16 if `tiny` gives a generator for these."""
     while True:
         side = max(lr.shape[:2])
-        sr = upscale(tiny() if tiny and side < TINY else generator, [lr])[0]
+        small = tiny() if tiny and side < TINY else None
+        sr = upscale(small or vivid or generator, [lr])[0]
         ours, bicubic = (cv2.Laplacian(resize(picture, 128), cv2.CV_32F).std() for picture in (sr, lr))
         if ours >= GAIN * bicubic or side > 40 or side <= (16 if tiny else TINY):
-            return lr, sr
+            return lr, sr if small or vivid in (None, generator) else upscale(generator, [lr])[0]
         lr = rescale(lr, (TINY if side > TINY else 16) / side)
 
 
-def upscale_reduced(generator, lr, share=1, tiny=None, scale=None):
+def upscale_reduced(generator, lr, share=1, tiny=None, vivid=None, scale=None):
     """Enlarge one picture `scale` times, by default the generator's: reduced to a share of its pixels a side first, if
     that is not 1, then as in `upscale_blurred`, and by bicubic for the rest."""
     if share == 1 and not scale:
         return upscale(generator, [lr])[0]
-    sr = upscale_blurred(generator, rescale(lr, share), tiny)[1]
+    sr = upscale_blurred(generator, rescale(lr, share), tiny, vivid)[1]
     return resize(sr, *(side * (scale or generator.scale) for side in lr.shape[1::-1]))
 
 
-def upscale_pictures(generator, pictures, batch_size, tiny=None):
+def upscale_pictures(generator, pictures, batch_size, tiny=None, vivid=None):
     """Yield (picture, sr), sr (sH, sW, 3) uint8, in any order: in batches of one size, large and blurred ones alone."""
     waiting = {}
 
@@ -513,8 +512,8 @@ def upscale_pictures(generator, pictures, batch_size, tiny=None):
     for picture in pictures:
         shape = picture.lr.shape
         if picture.share < 1 or picture.sr is not None:
-            sr = picture.sr if picture.sr is not None else upscale_reduced(generator, picture.lr, picture.share, tiny)
-            yield picture, sr
+            ours = picture.sr is None and upscale_reduced(generator, picture.lr, picture.share, tiny, vivid)
+            yield picture, ours if picture.sr is None else picture.sr
             continue
         waiting.setdefault(shape, []).append(picture)
         if len(waiting[shape]) >= min(batch_size, max(1, TILE ** 2 // (shape[0] * shape[1]))):
@@ -726,10 +725,11 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
         for patch in (patch for patch in picture.patches if patch.action == "restored"):
             suited = functools.partial(networks.suited, strength=strength, own=patch.strength)
             if patch.blurred and len(patch.lr) < CLEAR:     # what it shows does not depend on the strength
-                vivid, tiny = networks(*networks.suited(TINY)), networks.tiny(networks.suited(0)[0])
-                patch.lr = upscale_blurred(vivid, patch.lr, tiny)[0]
+                tiny, vivid = networks.tiny(suited(0)[0]), networks(*networks.suited(TINY))
+                patch.lr, patch.sr = upscale_blurred(networks(*suited(TINY)), patch.lr, tiny, vivid)
+            else:
+                chosen[suited(len(patch.lr))].append(patch)
             patch.strength = suited(len(patch.lr))[0]
-            chosen[suited(len(patch.lr))].append(patch)
         for which, alike in chosen.items():
             for patch, sr in upscale_pictures(networks(*which), alike, batch_size):
                 patch.sr = add_grain(sr, patch.lr) if OWN <= len(patch.lr) == patch.side else sr

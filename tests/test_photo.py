@@ -336,6 +336,9 @@ def test_what_a_grainy_face_shows_does_not_depend_on_the_strength():
     for strength in (1, 0.3, 0):
         [(picture, _)] = restore_photos(networks, [Picture("photo", None, photo)], 16, strength, 1)
         assert [(len(patch.lr), patch.strength) for patch in picture.patches] == [(32, strength)]
+        alone = rescale(photo, model.shown_share(photo))  # without --photo
+        lr, sr = model.upscale_blurred(networks(strength), alone, networks.tiny(strength), networks())
+        assert len(lr) == len(alone) == 40 and np.array_equal(sr, upscale(networks(strength), [alone])[0])
 
 
 def test_where_there_is_no_grain_none_is_made(portraits):
