@@ -109,10 +109,8 @@ def read_image(path):
                 levels *= 255 if image.mode == "F" and levels.max() <= 1 else 255 / 65535
                 gray = np.rint(levels.clip(0, 255)).astype(np.uint8)
                 return np.repeat(gray[..., None], 3, axis=2), None
-            if not image.has_transparency_data:
-                return np.array(image.convert("RGB")), None
-            image = image.convert("RGBA")
-            return np.array(image.convert("RGB")), np.array(image.getchannel("A"))
+            alpha = np.array(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
+            return np.array(image.convert("RGB")), alpha
         except Exception as error:          # Pillow's decoders raise nearly every built-in exception
             raise DataError(f"{path}: cannot be read ({str(error) or 'not enough memory'})") from None
 
@@ -400,9 +398,9 @@ def _frame(points, score):
 def reduction_error(picture, again, even=0.9):
     """Mean squared error of two (H, W, 3) uint8 pictures. From 30 pixels on, grain does not count: what is lost
     everywhere alike, so that the median of 8x8 fields has more than `even` of the mean, and less than 100."""
+    if min(picture.shape[:2]) < 30:
+        return cv2.norm(picture, again, cv2.NORM_L2SQR) / picture.size
     errors = np.square(picture.astype(np.float32) - again).mean(2)
-    if min(errors.shape) < 30:
-        return errors.mean()
     middle = np.median(cv2.resize(errors, (8, 8), interpolation=cv2.INTER_AREA))
     return errors.mean() - middle * (max(even * errors.mean(), SAME / 2) < middle < 100)
 
@@ -432,11 +430,6 @@ def working_size(square):
         again = resize(resize(square, side, side if angle is None else size), size)
         return reduction_error(square[middle, middle], again[middle, middle], even)
 
-    rough, curve = [], np.array([1, -2, 1])     # the deviation of grain (after Immerkaer 1996), as it is, in 48 pixels
-    for gray in (part.mean(2, dtype=np.float32) for part in (square, resize(square, 48))):
-        curved = np.percentile(np.abs(cv2.sepFilter2D(gray, -1, curve, curve)), 25) / 1.91
-        rough.append(curved * 255 / max(np.ptp(np.percentile(gray, (1, 99))), 32))
-    most = size if rough[0] < 0.8 or rough[1] < 4 else 40 if rough[1] < 6 else 32
     finest = round(0.8 * size)       # above it, a blurred face has nothing but grain
     if size >= 60 and error(finest) < error(finest, 1):
         error = functools.partial(error, even=0.8)
@@ -444,6 +437,13 @@ def working_size(square):
         return 16
     if size > 25 and error(24, even=1) < 0.04 * error(12, even=1):
         return 24
+    if size < 34:
+        return size
+    rough, curve = [], np.array([1, -2, 1])     # the deviation of grain (after Immerkaer 1996), as it is, in 48 pixels
+    for gray in (part.mean(2, dtype=np.float32) for part in (square, resize(square, 48))):
+        curved = np.percentile(np.abs(cv2.sepFilter2D(gray, -1, curve, curve)), 25) / 1.91
+        rough.append(curved * 255 / max(np.ptp(np.percentile(gray, (1, 99))), 32))
+    most = size if rough[0] < 0.8 or rough[1] < 4 else 40 if rough[1] < 6 else 32
     for side in (32, 36, 40, 46, 52, 60, 70, 80, 96, 112, 128, 160, 192, 224):
         if side < 0.95 * size and (error(side) < SAME or error(side) < 0.12 * error(side // 2)):
             return min(side, most) if side < finest else side
