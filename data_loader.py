@@ -208,24 +208,25 @@ def split_files(train_dirs, val_dir=None):
     With `val_dir`, its pictures validate and all others train. Without, FFHQ's own tree (`.../00000/00000.png`,
     five-digit names in folders of a thousand) gets its official split: ids below 60000 train, the rest validate. In any
     other folder, and in a part of FFHQ without the one or the other, a checksum of the name chooses about one file in
-    twenty, so that adding files never moves one. The faces of TESTED are left out of FFHQ's own tree."""
+    twenty, so that adding files never moves one. FFHQ's own tree loses the faces of TESTED; elsewhere, a warning."""
     def in_ffhq(path):
         return re.fullmatch(r"(\d\d)000/\1\d{3}", f"{path.parent.name}/{path.stem}")
 
     def chosen(path):
         return zlib.crc32(os.fsencode(path.name)) % 100 < VAL_PERCENT
 
-    tested = set(TESTED.read_text().split())
-    files = {path.resolve(): path for folder in train_dirs for path in find_images(folder)}
-    files = {key: path for key, path in files.items() if path.stem not in tested or not in_ffhq(path)}
-    if 2 * len(named := tested.intersection(path.stem for path in files.values())) > len(tested):
-        print(f"warning: {len(named)} pictures have names of {TESTED.name}: never train on test faces", file=sys.stderr)
-    if not files:
-        raise DataError(f"{' '.join(map(str, train_dirs))}: no pictures found; expected a folder of faces "
-                        f"({', '.join(SUFFIXES)}), in subfolders or not")
+    def faces_of(folder):
+        tested = set(TESTED.read_text().split())
+        found = [path for path in find_images(folder) if path.stem not in tested or not in_ffhq(path)]
+        if (named := sum(path.stem in tested for path in found)) >= 20:     # some are in every numbered folder
+            print(f"warning: {folder}: {named} names are in {TESTED.name}: never train on test faces", file=sys.stderr)
+        if not found:
+            raise DataError(f"{folder}: no pictures found ({', '.join(SUFFIXES)}), in no subfolder")
+        return found
+
+    files = {path.resolve(): path for folder in train_dirs for path in faces_of(folder)}
     if val_dir is not None:
-        if not (val := find_images(val_dir)):
-            raise DataError(f"{val_dir}: no pictures found to validate on")
+        val = faces_of(val_dir)
     else:
         *_, last = files.values()       # too few files for a share: one validates
         for rule in (lambda path: path.stem >= "60000" if in_ffhq(path) else chosen(path), chosen, last.__eq__):
@@ -720,8 +721,7 @@ class FaceBatches:
         cuts = self.mixed * np.where(turned, rng.integers(2, len(ZOOMS), self.batch_size),
                                      rng.choice(len(ZOOMS), self.batch_size, p=ZOOM_SHARES))
         places = self.first[cuts] + (rng.random((2, self.batch_size)) * self.number[cuts]).astype(int)
-        flips = rng.random(self.batch_size) < 0.5
-        soft = rng.random(self.batch_size) < SOFTENED * self.mixed
+        flips, soft = rng.random((2, self.batch_size)) < [[0.5], [SOFTENED * self.mixed]]
         blurs = len(BLURS) + rng.integers(0, len(SOFT_BLURS), self.batch_size)
 
         mine = slice(self.rank, None, self.world)
