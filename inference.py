@@ -9,6 +9,7 @@
 import argparse
 import contextlib
 import functools
+import hashlib
 import os
 import shutil
 import signal
@@ -118,7 +119,6 @@ def main(args):
         tqdm.write(f"warning: {args.checkpoint} enlarges {generator.scale} times, whatever --scale says", sys.stderr)
     lpips = load_lpips() if args.lpips else None
     args.output.mkdir(parents=True, exist_ok=True)
-
     scores, sheet, faces, taken, done, finished, blurred = {}, {}, [], set(), 0, 0, 0
     comparison, table = (choose_output(Path(name), args.output, taken, suffix) for name, suffix in (
         ("comparison", ".png"), ("faces" if args.photo else "metrics", ".csv")))
@@ -149,7 +149,9 @@ def main(args):
         sheet |= {picture.name: rows} if show else {}
     try:
         if scores:
-            report(scores, table)
+            sha = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:8]
+            made = f"{args.checkpoint.name} {sha}; strength {args.strength:g}; {generator.head[0].weight.dtype}"
+            report(scores, table, f"{'as given' if finished == done else made}; {args.kernel}; damage {args.damage}")
         if faces:
             write_csv(table, FACES, faces)
         if sheet:
@@ -543,7 +545,6 @@ def build_app(workshop, study):
 
     make_knob = functools.partial(gr.Slider, 0, 1, workshop.args.strength, step=0.05, label="Strength", buttons=[],
         interactive=workshop.has_knob, info="0: faithful, soft. 1: vivid, more invented. Too sharp, too old? Try 0.3.")
-
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
                               visible=False, elem_classes="below")
     tries, people = {}, sample_faces()
@@ -555,7 +556,6 @@ def build_app(workshop, study):
         tries["{}, {} x {}".format(name.replace("_", " ").title(), *picture.shape[1::-1])] = [str(path), sharp, n]
     examples = {n: path for path, _, n in reversed(tries.values())}        # the first of each enlargement
     first = workshop.enlarge(None, Path(examples[workshop.scale]), workshop.args.strength, *[False] * 3, workshop.scale)
-
     with gr.Blocks(title="Face SRGAN", analytics_enabled=False) as app:
         gr.Markdown(INTRODUCTION)
         with gr.Tab("Upscale"), gr.Column(elem_id="work"):

@@ -441,12 +441,12 @@ def write_csv(path, header, rows):
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def report(scores, path):
-    """Print one row per picture, the means and their standard errors, and write those of the pictures as CSV."""
+def report(scores, path, how):
+    """Print how results were made, a row per picture, the means and their standard errors; write a CSV of pictures."""
     width = max(map(len, [*scores, "std. error"]))
     header = METRICS + LPIPS * (LPIPS[0] in next(iter(scores.values())))
     pairs = [(column, 2 if column.startswith("psnr") else 4) for column in header if f"{column}_bicubic" in header]
-    print(f"{'image':{width}}  " + "  ".join(f"{column.upper().replace('_', '-'):>{13 + digits // 2}}"
+    print(f"{how}\n{'image':{width}}  " + "  ".join(f"{column.upper().replace('_', '-'):>{13 + digits // 2}}"
                                              for column, digits in pairs) + "  LR-PSNR\n"
           f"{'':{width}}  " + "  ".join("result bicubic" if digits == 2 else "result  bicubic" for _, digits in pairs))
     values = {column: [row[column] for row in scores.values()] for column in header[1:]}
@@ -456,8 +456,8 @@ def report(scores, path):
         print(f"{name:{width}}  " + "  ".join(
             f"{row[column]:6.{digits}f} {row[column + '_bicubic']:7.{digits}f}{' ' * (digits - 2)}"
             for column, digits in pairs) + f"  {row['lr_psnr']:7.2f}")
-    write_csv(path, header, [(name, *(f"{row[column]:.6f}" for column in header[1:]))
-                             for name, row in sorted(scores.items())])
+    write_csv(path, (*header, "how"), [(name, *(f"{row[column]:.6f}" for column in header[1:]), how)
+                                       for name, row in sorted(scores.items())])
 
 
 # The blind study: section 3.3 of Ledig et al. 2017 ----------------------------------------------

@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import os
 import re
 import shutil
@@ -172,7 +173,10 @@ def test_results_of_another_program_are_scored_as_they_are(run, tmp_path, faces,
         if path.name != "comparison.png":
             save(tmp_path / "theirs" / path.relative_to(tmp_path / "out"), read_image(path)[0])
     assert run(tmp_path / "theirs", "--hr", faces, output=tmp_path / "scores") == 0
-    assert (tmp_path / "scores" / "metrics.csv").read_text() == ours and "upscaled" not in capsys.readouterr().out[-200:]
+    theirs, rows = ((tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("scores", "out"))
+    assert [line.rpartition(",")[0] for line in theirs] == [line.rpartition(",")[0] for line in rows]
+    assert theirs[1].endswith(",as given; bicubic; damage none")
+    assert "upscaled" not in capsys.readouterr().out[-200:]
     assert results(tmp_path / "scores") == set() and (tmp_path / "scores" / "comparison.png").exists()
     flags = "--hr", faces, "--kernel", "cv2-linear"     # our own, later, and as if they had been reduced otherwise
     assert run(tmp_path / "out", *flags, output=tmp_path / "scores") == 0
@@ -394,7 +398,7 @@ def test_added_detail_is_gray_where_nothing_was_added(shipped):
     assert np.median(brighter) == 128 + 15
 
 
-def test_scores_are_those_of_the_files(run, tmp_path, faces):
+def test_scores_are_those_of_the_files(run, tmp_path, faces, tiny_checkpoint):
     """metrics.csv against scikit-image on the written PNG and Pillow's own reduction."""
     truth = tmp_path / "hr"
     for i, path in enumerate(find_images(faces)[:3]):
@@ -417,7 +421,11 @@ def test_scores_are_those_of_the_files(run, tmp_path, faces):
         "psnr_y_bicubic",
         "ssim_y_bicubic",
         "lr_psnr",
+        "how",
     ]
+    digest = hashlib.sha256(tiny_checkpoint.read_bytes()).hexdigest()[:8]
+    assert rows[0]["how"].startswith(f"tiny_x4.pth {digest}; strength 1; torch.")
+    assert rows[2]["how"].endswith("; bicubic; damage none")
     assert [row["image"] for row in rows] == ["sub/00000", "sub/00001", "sub/00002"]
     y = np.array([65.481, 128.553, 24.966]) / 255
     for row in rows:
