@@ -551,7 +551,7 @@ TINY = 24                   # pixels: below, eight times gives the better face, 
 CLEAR, OWN = 76, 60         # pixels: from here on, half the strength is as good; what is smoothed away is laid back
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
-TILT, SURE = 10, 0.85       # degrees and score, from which on blurred faces are turned upright (LPIPS 0.051 for 0.068)
+TILT, SURE = 10, 0.85       # degrees and score, from which on reduced faces are turned upright (LPIPS 0.051 for 0.068)
 AROUND, GRAIN = 256, 0.75   # pixels a side, reduced as the face, of what is restored around it; share of its grain
 GAIN = 2.7                  # in detail: below, the network has left a face as it was (else 2.8 to 17; 16 faces)
 BLOCKS, CODED = 3.3, 48     # from a JPEG of a quality of 70 or less: two thirds of the pixels do, at least so many
@@ -592,8 +592,7 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
     times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. What is
     `marked`, (Face, "restored", "left", or at what strength to restore it), replaces that Face, or else those with
     their middle in its frame, and keeps its turn. A blurred face, or one that a JPEG has coarsened, is reduced first to
-    what it shows. Sharp, it is turned by quarters, which loses nothing, blurred until it is upright: the network knows
-    tilts up to 30 degrees, but makes grimaces of blurred ones."""
+    what it shows, and turned upright, as are small and coded ones; others by quarters, which loses nothing."""
     patches, faces = [], [(face, None) for face in found]
     for face, wish in marked:
         meant = [other == face for other, _ in faces]
@@ -614,12 +613,13 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
         action = "small" if side < smallest else wish or (
             "sharp" if size > DETAIL or factor == 1 and given == side else "restored")
         if action == "restored":
-            if size > DETAIL:
-                size = given = DETAIL
-            if size > CODED and blockiness(photo, top, left, side) > BLOCKS:
+            size, given = (DETAIL, DETAIL) if size > DETAIL else (size, given)
+            coded = side >= CODED and blockiness(photo, top, left, side)
+            if size > CODED and coded > BLOCKS:
                 size = given = max(CODED, size * 2 // 3)
             given = max(min(32, given), round(part * given))
-            if given < side and abs(face.angle - turn) > TILT and face.score > SURE:
+            tilt = TILT if given < side else 20 if side < CODED or coded > 1 else 35
+            if abs(face.angle - turn) > tilt and face.score > SURE:
                 lr, turn = cut_face(photo, replace(face, size=side), given), face.angle
             elif given < side:
                 lr = resize(lr, given)

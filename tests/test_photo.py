@@ -250,6 +250,15 @@ def test_a_blurred_tilted_face_is_turned_upright_for_the_network(portraits, gene
         assert results[0] > results[1] + 0.1 and results[0] > psnr(rescale(photo, 4)[middle], truth[middle]) + 0.3
 
 
+@pytest.mark.parametrize("side, quality, least", [(40, 85, 20), (40, None, 20), (64, 84, 20), (64, 95, 35)])
+def test_small_and_coded_faces_are_turned_upright(portraits, side, quality, least):
+    photo, [(x, y, *_)] = compose(portraits, [("astronaut", side, 0, 40, 40)], 200, 200)
+    photo = data_loader.jpeg(photo, quality) if quality else photo
+    for angle in (least - 4, least + 4):
+        [patch] = model.make_patches(photo, [data_loader.Face(x, y, side, angle, 0.9)], 4)
+        assert patch.action == "restored" and patch.turn == (angle if angle > least else 0)
+
+
 def test_of_a_very_blurred_face_the_eightfold_network_makes_a_face(portraits, generator):
     """What shows no more than 16 pixels goes through it."""
     tiny = load_checkpoint(CHECKPOINT.with_name("srgan_x8.pth"))[0].for_inference()
