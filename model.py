@@ -552,7 +552,7 @@ CLEAR, OWN = 76, 60         # pixels: from here on, half the strength is as good
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
 TILT, SURE = 10, 0.85       # degrees and score, from which on reduced faces are turned upright (LPIPS 0.051 for 0.068)
-AROUND, GRAIN = 256, 0.75   # pixels a side, reduced as the face, of what is restored around it; share of its grain
+AROUND, GRAIN = 256, 0.75   # pixels a side, reduced as the face, of what is restored around it; the face keeps of grain
 GAIN = 2.7                  # in detail: below, the network has left a face as it was (else 2.8 to 17; 16 faces)
 BLOCKS, CODED = 3.3, 48     # from a JPEG of a quality of 70 or less: two thirds of the pixels do, at least so many
 
@@ -628,14 +628,14 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
     return patches
 
 
-def add_grain(sr, part, share=1, top=0, left=0, side=0):
+def add_grain(sr, part, share=1, top=0, left=0, side=0, amount=GRAIN):
     """Lay over a result what it lost of its source, (H, W, 3) uint8: if that was reduced to a share first, what is lost
     everywhere in the square of the face, unlike at edges; else, what the network smoothed away."""
     again = resize(rescale(part, share) if share < 1 else sr, *part.shape[1::-1])
     grain = cv2.subtract(part, again, dtype=cv2.CV_16S)
     most = int(4 * np.median(np.abs(grain[top:top + side:4, left:left + side:4]))) if share < 1 else 255    # 2.7 sd
     grain = cv2.resize(grain.clip(-most, most), sr.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-    return cv2.addWeighted(sr, 1, grain, GRAIN, 0, dtype=cv2.CV_8U)
+    return cv2.addWeighted(sr, 1, grain, amount, 0, dtype=cv2.CV_8U)
 
 
 def paste_face(patch, canvas, photo):
@@ -662,7 +662,7 @@ def paste_face(patch, canvas, photo):
 def restore_surroundings(generator, photo, patch, canvas, factor, most):
     """Restore what lies around a blurred face, as far as `most` pixels, reduced like it, reach, or it is wide: what is
     as, and before, half as blurred: where as many pixels do, and half as many would lose several times as much, not
-    twice as at an edge. Grain does not count, and most of it stays."""
+    twice as at an edge. Grain does not count, and stays."""
     given, layers, rest = len(patch.lr) / patch.side, [], 1
     reach = max(patch.side, round((most / given - patch.side) / 2))
     top, left = max(0, patch.top - reach), max(0, patch.left - reach)
@@ -685,7 +685,7 @@ def restore_surroundings(generator, photo, patch, canvas, factor, most):
         rest = 1 - mask
     for share, mask in reversed(layers):
         sr = upscale_reduced(generator, around, share, scale=factor)
-        sr = add_grain(sr, around, share, patch.top - top, patch.left - left, patch.side)
+        sr = add_grain(sr, around, share, patch.top - top, patch.left - left, patch.side, amount=1)
         place[:] = cv2.blendLinear(place, sr, 1 - mask, mask)
 
 
