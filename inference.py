@@ -75,7 +75,7 @@ def read_pictures(args, files, scale, taken, failed):
                     raise DataError(f"{path}: {lr.shape[1]}x{lr.shape[0]} pixels, neither as many as {truth} has, "
                                     f"{hr.shape[1]}x{hr.shape[0]}, nor {scale} times fewer a side, so left out")
             factor = enlargement(lr, args.enlarge) if args.photo else scale
-            height, width = lr.shape[:2]
+            height, width, side = *lr.shape[:2], max(lr.shape)
             if height * width * factor ** 2 > RESULT_LIMIT:
                 raise DataError(f"{path}: {width}x{height} pixels, too many to enlarge {factor} times: the result may "
                                 f"have {RESULT_LIMIT:,}; use --{'enlarge 1' if args.photo else 'photo'}")
@@ -85,9 +85,9 @@ def read_pictures(args, files, scale, taken, failed):
                                 "--as-is enlarges all of it by the network, which takes a while")
             output = choose_output(relative, args.output, taken, photo_suffix(path, alpha) if args.photo else ".png")
             name = printable(output.relative_to(args.output).with_suffix(output.suffix * args.photo))
-            side = 0 if args.photo else max(height, width)
-            hint = f"more than {FACE_AT_MOST} pixels, taken for one face; --photo finds faces" if side > FACE_AT_MOST \
-                else f"less than {TINY} pixels; --scale 8 is better for that" if 0 < side < TINY and scale == 4 else ""
+            hint = f"more than {FACE_AT_MOST} pixels, taken for one face; --photo finds faces" * (side > FACE_AT_MOST) \
+                or f"less than {TINY} pixels; --scale 8 is better for that" * (side < TINY and scale == 4)
+            hint = f"{side} pixels: try without --photo" * (side <= FACE_AT_MOST) if args.photo else hint
             if hint not in told:        # before it takes its time; once is enough
                 told.append(hint)
                 tqdm.write(f"hint: {name} has {hint}")
@@ -188,8 +188,8 @@ WORDS = f"""
 - **PSNR** (decibels), **SSIM** (at most 1): how near a result is to the truth. Sharp ones often have less."""
 LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"
 STAMP = "(...args) => (args[9] = Date.now(), args)"      # requests may overtake each other: the last wish counts
-PRIVACY = f"""Your pictures stay on the computer that runs this page, in a temporary folder, and are deleted after
-{KEPT} minutes or when the program ends. Nothing is sent to anybody else."""
+PRIVACY = f"""Your pictures stay on the computer that runs this page, in a temporary folder, and are deleted {KEPT}
+minutes after you last worked on them, or when the program ends. Nothing is sent to anybody else."""
 POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 STYLE = """
 :root, .dark {--button-primary-background-fill: #9a3412; --button-primary-background-fill-hover: #7c2d12;
@@ -341,6 +341,7 @@ class Workshop:
             raise DataError("This picture was not uploaded here")
         if not path.is_file():
             raise DataError(f"{path.name} has been deleted by now, as promised below; please give it again")
+        os.utime(path)      # who works on it keeps it
         limit = LARGEST // scale ** 2 if whole and not shrink else PHOTOGRAPH
         try:
             with open_image(path) as image:
@@ -360,7 +361,7 @@ class Workshop:
     def enlarge(self, job, path, strength, shrink, added, whole, scale, marked=(), faces_only=False):
         """Upscale one upload: a namespace of the file to download, the files of the slider (bicubic and ours, to fit a
         screen), LR, truth and what was invented, or None, a photograph's faces with captions, and a line about it."""
-        started, folder = time.monotonic(), Path(tempfile.mkdtemp(dir=self.folder))
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
         picture = replace(self.read(path, scale, shrink, whole), marked=marked)
         photo = not whole and not shrink and bool(max(picture.lr.shape) > FACE_AT_MOST or marked)
         sr = self.restore(job, picture, strength, photo, scale, faces_only)
@@ -375,8 +376,7 @@ class Workshop:
             pair[1], picture.alpha = folder / "screen.png", None
             write_result(replace(picture, output=pair[1]), fit(sr, SCREEN))
         write_result(replace(picture, output=pair[0]), fit(bicubic, SCREEN))
-        line = f"{result_sentence(picture, sr, photo, scores, self.suited(picture.lr))}; in " \
-               f"{time.monotonic() - started:.2f} s on the {self.device.type.upper()}"
+        line = result_sentence(picture, sr, photo, scores, self.suited(picture.lr))
         return SimpleNamespace(
             file=str(picture.output), pair=tuple(map(str, pair)), hr=picture.hr, photo=photo, invented=invented,
             lr=None if picture.hr is None else picture.lr, faces=captioned_pairs(picture, sr), line=line,
@@ -543,7 +543,7 @@ def build_app(workshop, study):
         except (DataError, CheckpointError, UsageError, OSError, MemoryError) as error:
             yield [], None, f"**{error or 'Not enough memory'}**", gr.Button(interactive=False)
 
-    make_knob = functools.partial(gr.Slider, 0, 1, workshop.args.strength, step=0.05, label="Strength", buttons=[],
+    dial = functools.partial(gr.Slider, 0, 1, workshop.args.strength, step=0.05, label="Strength of all", buttons=[],
         interactive=workshop.has_knob, info="0: faithful, soft. 1: vivid, more invented. Too sharp, too old? Try 0.3.")
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
                               visible=False, elem_classes="below")
@@ -583,7 +583,7 @@ def build_app(workshop, study):
                     target, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
                     point = gr.Button("Restore it")
             with gr.Column(elem_id="knobs"):
-                strength = make_knob()
+                strength = dial()
                 with gr.Accordion("More", open=False):
                     scale = gr.Radio([(f"{scale}x", scale) for scale in sorted(workshop.files)], value=workshop.scale,
                                      label="Enlargement of one face", visible=len(workshop.files) > 1,
@@ -622,7 +622,7 @@ def build_app(workshop, study):
                 button.click(mark, [button, photo, face or gr.State(), marks], marks, js=LOOK, **hidden)
         with gr.Tab("Folder"):
             files = gr.File(file_count="multiple", height=180, label=f"Up to {FILES} pictures, of 32 megapixels")
-            same = make_knob()
+            same = dial()
             with gr.Row():
                 go, end = gr.Button("Upscale all", variant="primary"), gr.Button("Cancel", interactive=False)
             report, archive = gr.Markdown(), gr.File(label="All results as one ZIP", interactive=False)

@@ -27,8 +27,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data_loader import (MARK, DataError, Face, choose_output, cut_face, find_images, is_result, printable, read_image,
-                         rescale, resize, simulate, square_face, to_tensor, write_atomically)
+from data_loader import (DETECTION_SCORE, MARK, DataError, Face, choose_output, cut_face, find_images, is_result,
+                         printable, read_image, rescale, resize, simulate, square_face, to_tensor, write_atomically)
 from model import CLEAR, TINY, CheckpointError, enlargement, load_plain, upscale
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is how many layers of
@@ -377,8 +377,9 @@ def captioned_pairs(picture, sr, name=""):
     """List a photograph's faces: (before and after side by side, (256, 512, 3) uint8, caption), and before them
     the photograph with their numbers; in a folder, where `name` is the file's, only before several."""
     name = name and f"{shortened(name, 24)}, "
-    pairs = [(np.hstack(pair), f"{name}{number}: {patch.side} pixels, {outcome(patch)}"
-              + (f" at {patch.strength:g}" if patch.action == "restored" and patch.strength < 1 else ""))
+    pairs = [(np.hstack(pair), f"{name}{number}: {patch.side} pixels" + f", shows {len(patch.lr)}" * patch.blurred
+              + f", {outcome(patch)}" + (f" at {patch.strength:g}" if patch.action == "restored" and patch.strength < 1
+                                         else "") + ", perhaps no face" * (patch.face.score < DETECTION_SCORE))
              for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
     overview = aimed(picture.lr, None, [patch.face for patch in picture.patches])
     return [(overview, f"{name}the photograph")] * (len(pairs) > bool(name)) + pairs
@@ -449,9 +450,9 @@ def report(scores, path, how):
     print(f"{how}\n{'image':{width}}  " + "  ".join(f"{column.upper().replace('_', '-'):>{13 + digits // 2}}"
                                              for column, digits in pairs) + "  LR-PSNR\n"
           f"{'':{width}}  " + "  ".join("result bicubic" if digits == 2 else "result  bicubic" for _, digits in pairs))
-    values = {column: [row[column] for row in scores.values()] for column in header[1:]}
-    means = {column: np.mean(numbers) for column, numbers in values.items()}
-    errors = {column: np.std(numbers) / max(1, len(scores) - 1) ** 0.5 for column, numbers in values.items()}
+    values = np.array([[row[column] for column in header[1:]] for row in scores.values()])
+    spread = values.std(axis=0) / max(1, len(scores) - 1) ** 0.5
+    means, errors = (dict(zip(header[1:], numbers)) for numbers in (values.mean(axis=0), spread))
     for name, row in [*sorted(scores.items()), ("mean", means), *[("std. error", errors)] * (len(scores) > 1)]:
         print(f"{name:{width}}  " + "  ".join(
             f"{row[column]:6.{digits}f} {row[column + '_bicubic']:7.{digits}f}{' ' * (digits - 2)}"
@@ -472,8 +473,6 @@ STUDY_WELCOME = """You will see faces, one at a time. **How good does each pictu
 may stop at any time, and continue later under the same name. **Kept for good, other than pictures that are
 uploaded: the name you give, your ratings, and when you gave them.** A nickname will do."""
 RATINGS = ("rater", "seed", "index", "face", "method", "repeat", "rating", "time")
-
-
 STUDY_STYLE = """
 #desk {max-width: 640px; margin: auto} #stimulus .icon-button-wrapper {display: none}
 #stimulus img {width: 384px !important; max-width: 80vw !important; height: auto !important; margin: auto}

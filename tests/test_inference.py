@@ -137,12 +137,13 @@ def test_the_scale_is_that_of_the_checkpoint_where_one_is_given(run, tmp_path, c
 
 
 def test_hints_at_what_suits_the_pictures_better(run, tmp_path, capsys, faces):
-    """Only where that is so: not at eight times, not for photographs, not for a face of the usual size."""
+    """Only where that is so: not at eight times, not for a face of the usual size, of photographs for the smallest."""
     for side in (16, 32, 80):
         Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
     tiny, usual, large = (str(tmp_path / f"{side}.png") for side in (16, 32, 80))
     for arguments, hints in (([tiny, usual, large], ["--scale 8", "--photo"]), ([usual], []),
-                             ([tiny, "--scale", "8"], []), ([large, "--photo"], []), ([faces, "--simulate"], [])):
+                             ([tiny, "--scale", "8"], []), ([large, "--photo"], []), ([usual, "--photo"], ["without --photo"]),
+                             ([faces, "--simulate"], [])):
         eightfold = {"checkpoint": CHECKPOINT.with_name("srgan_x8.pth")} if "8" in arguments else {}
         assert run(*arguments, **eightfold) == 0
         said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hint: ")]

@@ -487,6 +487,9 @@ def test_a_face_has_a_strength_of_its_own(portraits):
     [(_, sr)] = restore_photos(networks, [picture], 16)
     captions = [caption for _, caption in loss.captioned_pairs(picture, sr)][1:]
     assert captions[0].endswith("pixels, restored") and captions[1].endswith("pixels, restored at 0.25")
+    picture.patches[0].face, picture.patches[1].blurred = replace(face, score=0.75), True
+    captions = [caption for _, caption in loss.captioned_pairs(picture, sr)][1:]
+    assert captions[0].endswith(", restored, perhaps no face") and ", shows 34, restored at 0.25" in captions[1]
 
 
 def test_a_very_blurred_face_gets_less_strength_unless_it_has_its_own(portraits):
