@@ -614,7 +614,7 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
             "sharp" if size > DETAIL or factor == 1 and given == side else "restored")
         if action == "restored":
             size, given = (DETAIL, DETAIL) if size > DETAIL else (size, given)
-            coded = side >= CODED and blockiness(photo, top, left, side)
+            coded = side >= CODED and blockiness(photo, top, left, side) * contrast(lr)[1]      # as the network sees it
             if size > CODED and coded > BLOCKS:
                 size = given = max(CODED, size * 2 // 3)
             given = max(min(32, given), round(part * given))

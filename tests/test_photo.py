@@ -434,6 +434,14 @@ def test_a_face_that_a_jpeg_has_coarsened_is_reduced_to_what_it_shows(portraits,
     assert abs(blocks[0]) < 0.5 and blocks[1] < 1 and blocks[1:] == sorted(blocks[1:]) and blocks[3] > 3
 
 
+def test_in_a_dark_face_a_jpeg_of_the_same_quality_coarsens_more(portraits):
+    photo, [(x, y, side, _)] = compose(portraits, [("hopper", 80, 0, 40, 40)], 200, 200)
+    face = data_loader.Face(x, y, side, 0, 0.9)
+    given = [len(model.make_patches(data_loader.jpeg((photo * light).astype(np.uint8), 80), [face], 4)[0].lr)
+             for light in (1, 0.35)]
+    assert given[0] == 80 and given[1] < 60
+
+
 def test_faces_of_one_size_share_a_batch(portraits):
     photo, _ = compose(portraits, [("hopper", 40, 0, 10, 10), ("hopper", 40, 0, 80, 12), ("hopper", 40, 2, 150, 10),
                                    ("astronaut", 56, 0, 10, 90)], 220, 170)
