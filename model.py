@@ -552,7 +552,7 @@ CLEAR, OWN = 76, 60         # pixels: from here on, half the strength is as good
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
 TILT, SURE = 10, 0.85       # degrees and score, from which on reduced faces are turned upright (LPIPS 0.051 for 0.068)
-AROUND, GRAIN = 256, 0.75   # pixels a side, reduced as the face, of what is restored around it; the face keeps of grain
+AROUND, GRAIN = 256, 0.75   # pixels a side, reduced as the face, restored around it; share of grain that the face keeps
 GAIN = 2.7                  # in detail: below, the network has left a face as it was (else 2.8 to 17; 16 faces)
 BLOCKS, CODED = 3.3, 48     # from a JPEG of a quality of 70 or less: two thirds of the pixels do, at least so many
 
@@ -618,7 +618,7 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
             if size > CODED and coded > BLOCKS:
                 size = given = max(CODED, size * 2 // 3)
             given = max(min(32, given), round(part * given))
-            tilt = TILT if given < side else 20 if side < CODED or coded > 1 else 35
+            tilt = TILT if given < side else 20 if side < CODED or coded > 1 else 35     # turning blurs sharp ones
             if abs(face.angle - turn) > tilt and face.score > SURE:
                 lr, turn = cut_face(photo, replace(face, size=side), given), face.angle
             elif given < side:
