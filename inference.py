@@ -32,8 +32,8 @@ from data_loader import (DAMAGES, FACE_SIZE, KERNELS, DataError, choose_output, 
 from loss import (FACES, STUDY_KEYS, STUDY_STYLE, LossError, Study, added_detail, aimed, build_study, captioned_pairs,
                   compare, fit, load_lpips, photo_rows, photo_sentence, photo_table, plot_comparison, pointed, report,
                   report_study, result_sentence, sample_faces, write_csv)
-from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Networks, Picture,
-                   enlargement, locked, photo_suffix, read_extras, restore_photos, select_device, shown_share,
+from model import (CUDA_FULL, EIGHTFOLD, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Networks,
+                   Picture, enlargement, locked, photo_suffix, read_extras, restore_photos, select_device, shown_share,
                    upscale_pictures, upscale_reduced, write_result, write_results)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
@@ -86,7 +86,7 @@ def read_pictures(args, files, scale, taken, failed):
             output = choose_output(relative, args.output, taken, photo_suffix(path, alpha) if args.photo else ".png")
             name = printable(output.relative_to(args.output).with_suffix(output.suffix * args.photo))
             hint = f"more than {FACE_AT_MOST} pixels, taken for one face; --photo finds faces" * (side > FACE_AT_MOST) \
-                or f"less than {TINY} pixels; --scale 8 is better for that" * (side < TINY and scale == 4)
+                or f"less than {EIGHTFOLD} pixels; --scale 8 is better for that" * (side < EIGHTFOLD and scale == 4)
             hint = f"{side} pixels: try without --photo" * (side <= FACE_AT_MOST) if args.photo else hint
             if hint not in told:        # before it takes its time; once is enough
                 told.append(hint)
@@ -587,7 +587,7 @@ def build_app(workshop, study):
                 with gr.Accordion("More", open=False):
                     scale = gr.Radio([(f"{scale}x", scale) for scale in sorted(workshop.files)], value=workshop.scale,
                                      label="Enlargement of one face", visible=len(workshop.files) > 1,
-                                     info="Chosen by its size: 8x, for 12 to 23 pixels, invents nearly all.")
+                                     info="Chosen by its size: 8x, for 12 to 17 pixels, invents nearly all.")
                     shrink = gr.Checkbox(label="This is already sharp: shrink it first",
                                          info="As one face. Then the truth is known, and shown beside the result.")
                     added = gr.Checkbox(label="Show what was invented", interactive=workshop.has_knob,
@@ -685,7 +685,7 @@ def parse_arguments(argv=None):
     truth.add_argument("--simulate", action="store_true", help="the inputs are HR: reduce them first")
     add("--kernel", default="bicubic", choices=list(KERNELS), help="how HR is reduced, or was, with --hr [%(default)s]")
     add("--damage", default="none", choices=list(DAMAGES), help="what else befalls it, or did, with --hr [%(default)s]")
-    add("--scale", type=int, choices=[4, 8], help="enlargement: 8 is for faces of 12 to 23 pixels [4]")
+    add("--scale", type=int, choices=[4, 8], help="enlargement: 8 is for faces of 12 to 17 pixels [4]")
     add("--checkpoint", type=Path, metavar="FILE", help="trained generator, of any scale [the shipped SRGAN]")
     add("--strength", type=float, default=1.0, help="0: faithful, the SRResNet beside the checkpoint; 1: vivid [1]")
     add("--lpips", action="store_true", help="score LPIPS too, with --simulate or --hr; needs pip install lpips")

@@ -309,13 +309,13 @@ class Networks:
         return networks
 
     def tiny(self, strength):
-        """A function that gives the generator for faces below TINY pixels, or None."""
+        """A function that gives the generator for faces below EIGHTFOLD pixels, or None."""
         return functools.partial(self, strength, 8) if 8 in self.files else None
 
     def suited(self, side, strength=1, own=None):
         """The strength and the scale that suit a face of `side` pixels in a photograph; `own` is asked for it alone."""
-        scale = 8 if side < TINY and 8 in self.files else min(self.files)
-        part = 1 if not self.has_knob else 0.5 if side >= CLEAR else 0.7 if side < TINY and scale == 8 else 1
+        scale = 8 if side < EIGHTFOLD and 8 in self.files else min(self.files)
+        part = 1 if not self.has_knob else 0.5 if side >= CLEAR else 0.7 if side < EIGHTFOLD and scale == 8 else 1
         return round(strength * part, 2) if own is None else own, scale
 
 
@@ -484,7 +484,7 @@ def upscale_blurred(generator, lr, tiny=None, vivid=None):
     leaves as soft as it was is reduced again, to 24 pixels, and to 16 if `tiny` gives a generator for these."""
     while True:
         side = max(lr.shape[:2])
-        small = tiny() if tiny and side < TINY else None
+        small = tiny() if tiny and side < EIGHTFOLD else None
         sr = upscale(small or vivid or generator, [lr])[0]
         ours, bicubic = (cv2.Laplacian(resize(picture, 128), cv2.CV_32F).std() for picture in (sr, lr))
         if ours >= GAIN * bicubic or side > 40 or side <= (16 if tiny else TINY):
@@ -546,8 +546,9 @@ def write_results(results):
 
 # Faces in photographs -----------------------------------------------------------------------------
 
-SMALLEST = {4: 20, 8: 12}   # pixels of a frame from which a face can be made, by the largest scale at hand
-TINY = 24                   # pixels: below, eight times gives the better face, 0.7 of the strength a better likeness
+EIGHTFOLD = 18              # pixels: below, eight times gives the better face, 0.7 of the strength a better likeness
+SMALLEST = {4: EIGHTFOLD, 8: 12}    # pixels of a frame from which a face can be made, by the largest scale at hand
+TINY = 24                   # pixels: below, another person may come out; blurred faces are tried in so many, then in 16
 CLEAR, OWN = 76, 60         # pixels: from here on, half the strength is as good; what is smoothed away is laid back
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
