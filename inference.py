@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_loader import (DAMAGES, FACE_SIZE, KERNELS, DataError, choose_output, find_images, find_inputs, is_result,
-                         open_image, printable, read_image, rescale, simulate, write_picture)
+from data_loader import (DAMAGES, FACE_SIZE, KERNELS, DataError, choose_output, find_faces, find_images, find_inputs,
+                         is_result, open_image, printable, read_image, rescale, simulate, write_picture)
 from loss import (FACES, STUDY_KEYS, STUDY_STYLE, LossError, Study, added_detail, aimed, build_study, captioned_pairs,
                   compare, fit, load_lpips, photo_rows, photo_sentence, photo_table, plot_comparison, pointed, report,
                   report_study, result_sentence, sample_faces, write_csv)
@@ -64,14 +64,11 @@ def read_pictures(args, files, scale, taken, failed):
                     if is_result(path) and path.name.startswith("comparison"):
                         continue
                     raise DataError(f"{path}: no ground truth of this name in {args.hr}, so left out")
-                try:
-                    hr = read_image(truth)[0]
-                except DataError as error:
-                    failed(f"{error}; upscaled, not scored")
-                if hr is not None and hr.shape == lr.shape:     # a result already
+                hr = read_image(truth)[0]
+                if hr.shape == lr.shape:        # a result already
                     sr, (lr, hr) = lr, simulate(hr, scale, args.kernel, args.damage)
                     sr = sr[:len(hr), :len(hr[0])]
-                elif hr is not None and hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
+                elif hr.shape[:2] != (lr.shape[0] * scale, lr.shape[1] * scale):
                     raise DataError(f"{path}: {lr.shape[1]}x{lr.shape[0]} pixels, neither as many as {truth} has, "
                                     f"{hr.shape[1]}x{hr.shape[0]}, nor {scale} times fewer a side, so left out")
             factor = enlargement(lr, args.enlarge) if args.photo else scale
@@ -91,7 +88,11 @@ def read_pictures(args, files, scale, taken, failed):
             if hint not in told:        # before it takes its time; once is enough
                 told.append(hint)
                 tqdm.write(f"hint: {name} has {hint}")
-            yield Picture(name, output, lr, alpha, hr, sr, 1 if given else shown_share(lr), extras=read_extras(path))
+            found = [find_faces(lr)] * bool(args.leave)
+            if found and not all(0 < number <= len(found[0]) for number in args.leave):
+                raise DataError(f"{path}: --leave takes numbers of the {len(found[0])} faces found, from 1 on")
+            left, share = [(found[0][n - 1], "left") for n in args.leave], 1 if given else shown_share(lr)
+            yield Picture(name, output, lr, alpha, hr, sr, share, found, marked=left, extras=read_extras(path))
         except (DataError, OSError, MemoryError) as error:
             reason = str(error) or "not enough memory"
             failed(reason if str(path) in reason else f"{path}: {reason}")
@@ -692,6 +693,7 @@ def parse_arguments(argv=None):
     add("--as-is", action="store_true", help="reduce no blurred picture first, and enlarge large ones too")
     add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
     add("--photo", action="store_true", help="the inputs are photographs: find and restore their faces")
+    add("--leave", type=int, nargs="+", default=[], metavar="N", help="numbers of faces to leave as they are")
     add("--enlarge", type=int, choices=[1, 2, 4], help="of a photograph [4 up to 1 megapixel, 2 up to 4, else 1]")
     add("--background", choices=["network", "bicubic"], help="for the rest of a photograph [network if it is quick]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
@@ -711,11 +713,11 @@ def parse_arguments(argv=None):
             (args.photo and (not args.inputs or args.hr or args.simulate or args.added or args.as_is),
              "--photo needs INPUT, and does not go with --simulate, --hr, --added or --as-is"),
             (args.scale and args.photo, "--photo chooses the enlargement of each face itself: leave out --scale"),
-            ((args.enlarge or args.background) and not args.photo, "--enlarge and --background need --photo"),
-            (args.inputs and not args.simulate and not args.hr and (args.kernel, args.damage) != ("bicubic", "none"),
-             "--kernel and --damage need --simulate or --hr"),
+            ((args.enlarge or args.background or args.leave) and not args.photo,
+             "--enlarge, --background and --leave need --photo"),
+            (args.inputs and not args.simulate and not args.hr and (args.lpips or args.kernel != "bicubic"
+             or args.damage != "none"), "--lpips, --kernel and --damage need --simulate or --hr"),
             (args.added and not args.strength, "--added shows the difference to --strength 0: leave that out"),
-            (args.lpips and args.inputs and not args.simulate and not args.hr, "--lpips needs --simulate or --hr"),
             (args.study and not args.ui, "--study needs --ui"),
             (args.ui and (args.inputs or args.hr or args.simulate), "--ui goes without INPUT, --hr and --simulate"),
             (args.auth is not None and not all(args.auth.partition(":")), "--auth is NAME:PASSWORD"),
@@ -723,8 +725,7 @@ def parse_arguments(argv=None):
             (not 0 <= args.seed <= 2**32, f"--seed must be from 0 to {2**32}"),
             (not 0 <= args.strength <= 1, "--strength must be from 0 to 1"),
             (not 1 <= args.batch_size <= 65536, "--batch-size must be from 1 to 65536"),
-            (args.hr and not args.inputs, "--hr needs INPUT"),
-            (args.hr and not args.hr.is_dir(), f"--hr {args.hr}: there is no such folder")):
+            (args.hr and not args.inputs, "--hr needs INPUT")):
         if wrong:
             raise UsageError(sentence)
     return args
@@ -736,11 +737,10 @@ def run(argv=None):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")       # a name that it cannot show must not end the work
         return main(parse_arguments(argv))
-    except (UsageError, CheckpointError, DataError, DeviceError, LossError, OSError) as error:
-        print(f"inference.py: {error}", file=sys.stderr)
-        return 2
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        print(f"inference.py: {'the memory is full' if isinstance(error, MemoryError) else CUDA_FULL}", file=sys.stderr)
+    except (UsageError, CheckpointError, DataError, DeviceError, LossError, OSError, MemoryError,
+            torch.OutOfMemoryError) as error:
+        text = CUDA_FULL if isinstance(error, torch.OutOfMemoryError) else str(error) or "the memory is full"
+        print(f"inference.py: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -720,8 +720,8 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
         if len(found) == 1:     # marks do not change what else is done; beside sharp faces, blur may be meant
             plain = plan() if picture.marked else picture.patches
             most = AROUND / max(1, sum(p.blurred for p in plain)) ** 0.5 * all(p.action != "sharp" for p in plain)
-            found[1:] = enlargement(photo, factor, plain), most
-        faces, times, most = found
+            found[1:] = enlargement(photo, None, plain), most
+        faces, times, most = found[0], factor or found[1], found[2]
         chosen = defaultdict(list)
         for patch in (patch for patch in picture.patches if patch.action == "restored"):
             suited = functools.partial(networks.suited, strength=strength, own=patch.strength)

@@ -625,12 +625,15 @@ def test_names_that_are_not_utf8(tmp_path, tiny_checkpoint):
     assert sorted(names) == ["b\ufffd\ufffd", "顔"] and (tmp_path / "results" / "comparison.png").exists()
 
 
-def test_damaged_ground_truth_costs_the_score_alone(run, tmp_path, capsys):
-    save(tmp_path / "lr" / "a.png", noise(8, 8))
-    save(tmp_path / "hr" / "a.png", noise(32, 32))
+def test_damaged_ground_truth_costs_its_picture_alone(run, tmp_path, capsys):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / "lr" / name, noise(8, 8))
+        save(tmp_path / "hr" / name, noise(32, 32))
     (tmp_path / "hr" / "a.png").write_bytes((tmp_path / "hr" / "a.png").read_bytes()[:200])
     assert run(tmp_path / "lr", "--hr", tmp_path / "hr") == 1
-    assert "upscaled, not scored" in capsys.readouterr().err and results(tmp_path / "out") == {"a.png"}
+    said = capsys.readouterr()
+    assert "lr/a.png" in said.err and "hr/a.png: cannot be read" in said.err and len(said.err.splitlines()) == 1
+    assert results(tmp_path / "out") == {"b.png"} and "1 of the 2 pictures" in said.out
 
 
 def test_nothing_done_is_status_2_and_names_no_figure(run, tmp_path, capsys):

@@ -606,12 +606,13 @@ def test_two_processes_train_what_one_trains(flags, tmp_path):
     """torchrun with half of the batch each gives what one process gives with the whole batch: gradients averaged,
     batch norm and its running statistics over both, the same degradations."""
     call = [*flags, "--precision", "float32", "--batch-size", "6", "--pretrain-steps", "2", "--gan-steps", "3"]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train.py",
-         *call, "--output", str(tmp_path / "two")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("srresnet step 2") == 1 and "2 processes" in done.stdout
+         *call, "--output", str(tmp_path / "two")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     train.run(call)
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert said.count("srresnet step 2") == 1 and "2 processes" in said
     one, two = (load_plain(tmp_path / name / train.STATE) for name in ("out", "two"))
     assert [(line["stage"], line["step"]) for line in log_lines(tmp_path / "two")] == [("srresnet", 2), ("srgan", 3)]
     torch.manual_seed(0)
