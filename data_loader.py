@@ -13,7 +13,6 @@ import functools
 import os
 import re
 import sys
-import time
 import warnings
 import zlib
 from collections import Counter
@@ -126,7 +125,6 @@ def write_atomically(path, write):
     """Call write(file) on a temporary file beside `path`, then rename it: `path` is never half
     written, and what was there stays when the disk is full. OSError names the path."""
     path = Path(path)
-    remove_remains(path.parent)
     temporary = path.with_name(f".{os.getpid()}-{zlib.crc32(os.fsencode(path.name)):08x}.face-srgan.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -136,15 +134,6 @@ def write_atomically(path, write):
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@functools.lru_cache(maxsize=64)
-def remove_remains(folder):
-    """Remove the temporary files that killed processes have left in a folder: none is written to for an hour."""
-    for path in Path(folder).glob(".*.face-srgan.tmp"):
-        with contextlib.suppress(OSError):
-            if path.stat().st_mtime < time.time() - 3600:
-                path.unlink()
 
 
 def write_picture(path, picture, extras={}):
@@ -291,6 +280,7 @@ DETECTOR = Path(__file__).resolve().parent / "checkpoints" / "face_detection_yun
 FADED = 128                                 # levels between which nearly all of a picture lies, if it is faded or dark
 DETECTION_VIEWS = ((320, 0), (320, 2), (640, 0), (640, 3), (1280, 0), (2560, 0))    # longest side; sigma of a blur
 PROPOSAL_SCORE, DETECTION_SCORE = 0.5, 0.8  # at first sight; looked at again: below, coffee cups become faces
+CERTAIN = 0.88                              # below, a result is doubtful: stains, second mouths
 CLOSE = 128                                 # pixels a side of that second look
 SAME = 255**2 / 10**3.7                     # mean squared error, of a PSNR of 37 dB, below which pictures look the same
 SHARP, MIRRORED = 80, 0.12                  # of a face to train on: least working size, most of its side outside
@@ -348,6 +338,15 @@ def find_faces(picture):
             rows.append([])
         rows[-1].append(face)
     return [face for row in rows for face in sorted(row, key=lambda face: face.x)]
+
+
+def face_score(photo, face, factor):
+    """How surely the detector sees a known Face in an (H, W, 3) uint8 photograph that was enlarged since by a factor:
+    from 0.5, for less too, to 1. Of 100 sharp faces, 99 have more than 0.89."""
+    face = replace(face, x=face.x * factor, y=face.y * factor, size=face.size * factor)
+    view = cv2.copyMakeBorder(full_contrast(cut_face(photo, face, 160)), 24, 24, 24, 24, cv2.BORDER_REPLICATE)
+    detector = cv2.FaceDetectorYN.create(str(DETECTOR), "", (320, 320), PROPOSAL_SCORE)
+    return max((score for _, score in _detect(detector, view[..., ::-1])), default=PROPOSAL_SCORE)
 
 
 def _detect(detector, view):

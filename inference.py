@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from data_loader import (DAMAGES, FACE_SIZE, KERNELS, DataError, choose_output, find_faces, find_images, find_inputs,
                          is_result, open_image, printable, read_image, rescale, simulate, write_picture)
-from loss import (FACES, STUDY_KEYS, STUDY_STYLE, LossError, Study, added_detail, aimed, build_study, captioned_pairs,
-                  compare, fit, load_lpips, photo_rows, photo_sentence, photo_table, plot_comparison, pointed, report,
-                  report_study, result_sentence, sample_faces, write_csv)
-from model import (CUDA_FULL, EIGHTFOLD, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Networks,
-                   Picture, enlargement, locked, photo_suffix, read_extras, restore_photos, select_device, shown_share,
+from loss import (FACES, FRAME, STUDY_KEYS, STUDY_STYLE, LossError, Study, added_detail, aimed, build_study,
+                  captioned_pairs, compare, fit, load_lpips, photo_rows, photo_sentence, photo_table, plot_comparison,
+                  pointed, report, report_study, result_sentence, sample_faces, write_csv)
+from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Networks, Picture,
+                   enlargement, locked, photo_suffix, read_extras, restore_photos, select_device, shown_share,
                    upscale_pictures, upscale_reduced, write_result, write_results)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
@@ -83,7 +83,7 @@ def read_pictures(args, files, scale, taken, failed):
             output = choose_output(relative, args.output, taken, photo_suffix(path, alpha) if args.photo else ".png")
             name = printable(output.relative_to(args.output).with_suffix(output.suffix * args.photo))
             hint = f"more than {FACE_AT_MOST} pixels, taken for one face; --photo finds faces" * (side > FACE_AT_MOST) \
-                or f"less than {EIGHTFOLD} pixels; --scale 8 is better for that" * (side < EIGHTFOLD and scale == 4)
+                or f"less than {TINY} pixels; --scale 8 is better for that" * (side < TINY and scale == 4)
             hint = f"{side} pixels: try without --photo" * (side <= FACE_AT_MOST) if args.photo else hint
             if hint not in told:        # before it takes its time; once is enough
                 told.append(hint)
@@ -185,7 +185,7 @@ EXAMPLE = "An example: an astronaut from {0} x {0} pixels. Give a picture of you
 DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
 WORDS = f"""
 - **Restored, sharp, small, left**: what was done with a face; all but the first are left alone. *At 0.5*: its strength.
-  *Mostly invented*: it shows so little (below {TINY} pixels) that another person may come out.
+  *Mostly invented*: below {TINY} pixels, another person may come out. *Doubtful*: hardly a face, to the face detector.
 - **PSNR** (decibels), **SSIM** (at most 1): how near a result is to the truth. Sharp ones often have less."""
 LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"
 STAMP = "(...args) => (args[9] = Date.now(), args)"      # requests may overtake each other: the last wish counts
@@ -503,7 +503,7 @@ def build_app(workshop, study):
         picture = opened(path)      # the settings of the one before may not fit it
         vars(workshop.last(request.session_hash)).update(seen=None, shown=0)
         suited = workshop.scale if picture is None else workshop.suited(picture)
-        return False, False, suited, "Working …", gr.DownloadButton(interactive=False), 0.25
+        return False, False, suited, "Working …", gr.DownloadButton(interactive=False), FRAME
 
     def look_at(path, made, found, event: gr.SelectData, request: gr.Request):
         pair = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
@@ -581,7 +581,7 @@ def build_app(workshop, study):
                 with gr.Accordion("A face was missed, or its frame is wrong", open=False, elem_id="missed"):
                     gr.Markdown("Click it here (or, if it has a number, above), set its frame, and restore it.")
                     view = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"])
-                    target, share = gr.State(), gr.Slider(0.01, 1, 0.25, step=0.005, label="Frame size", buttons=[])
+                    target, share = gr.State(), gr.Slider(0.01, 1, FRAME, step=0.005, label="Frame size", buttons=[])
                     point = gr.Button("Restore it")
             with gr.Column(elem_id="knobs"):
                 strength = dial()

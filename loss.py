@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from data_loader import (DETECTION_SCORE, MARK, DataError, Face, choose_output, cut_face, find_images, is_result,
                          printable, read_image, rescale, resize, simulate, square_face, to_tensor, write_atomically)
-from model import CLEAR, TINY, CheckpointError, enlargement, load_plain, upscale
+from model import CLEAR, DETAIL, TINY, CheckpointError, enlargement, load_plain, upscale
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is how many layers of
 # torchvision's vgg19().features lead there.
@@ -64,8 +64,7 @@ class VGGFeatures(nn.Module):
             self.layers = vgg19().features[:VGG_LAYERS[layer]]
         try:
             state = {name.removeprefix("features."): value.float() for name, value in state.items()}
-            self.layers.load_state_dict({name: state[name] for name in self.layers.state_dict()},
-                                        assign=True)
+            self.layers.load_state_dict({name: state[name] for name in self.layers.state_dict()}, assign=True)
         except (AttributeError, KeyError, RuntimeError):
             raise LossError(f"{weights}: no VGG19 state dict in torchvision's layout that reaches "
                             f"{layer}; choose another file or --vgg-layer") from None
@@ -172,8 +171,8 @@ class GeneratorLoss(nn.Module):
 METRICS = ("image", "psnr", "ssim", "psnr_y", "ssim_y", "psnr_bicubic", "ssim_bicubic",
            "psnr_y_bicubic", "ssim_y_bicubic", "lr_psnr")
 LPIPS = "lpips", "lpips_bicubic"        # columns more, if asked for
-AIMED = 1024                # pixels a side of a photograph in which faces are numbered or pointed at
-FACES = ("image", "face", "x", "y", "size", "angle", "score", "working_size", "action", "strength")
+AIMED, FRAME = 1024, 0.25   # pixels a side of a photograph in which faces are numbered or pointed at; a frame's share
+FACES = ("image", "face", "x", "y", "size", "angle", "score", "working_size", "action", "strength", "doubtful")
 
 
 def luma(picture):
@@ -211,13 +210,12 @@ def score(sr, hr):
     """Compare two (H, W, 3) uint8 pictures: PSNR (dB) and SSIM on RGB and, as psnr_y and ssim_y, on luma. No border is
     cut; SSIM is scikit-image's with its default 7x7 window (nan for pictures smaller than that)."""
     from skimage.metrics import structural_similarity   # slow to import, not always needed
+    def ssim(a, b, **options):
+        return float("nan") if min(a.shape[:2]) < 7 else float(structural_similarity(a, b, **options))
+
     y_sr, y_hr = luma(sr), luma(hr)
-    small = min(sr.shape[:2]) < 7
-    return dict(
-        psnr=psnr(sr, hr),
-        ssim=float("nan") if small else float(structural_similarity(sr, hr, channel_axis=2)),
-        psnr_y=psnr(y_sr, y_hr),
-        ssim_y=float("nan") if small else float(structural_similarity(y_sr, y_hr, data_range=255)))
+    return dict(psnr=psnr(sr, hr), ssim=ssim(sr, hr, channel_axis=2),
+                psnr_y=psnr(y_sr, y_hr), ssim_y=ssim(y_sr, y_hr, data_range=255))
 
 
 def plot_comparison(path, rows, note=""):
@@ -254,8 +252,7 @@ def plot_comparison(path, rows, note=""):
                 figure.text(x, 1 - (top - caption) / height, title, fontsize=sizes[1], weight="bold", **font)
     figure.text(0.5, 5 / height, note, fontsize=8, **font)
     figure.figimage(canvas)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")      # a name in a script without font
+    with warnings.catch_warnings(action="ignore"):      # a name in a script without font
         write_atomically(path, lambda file: figure.savefig(
             file, format="png", dpi=110, metadata={"Software": MARK.decode()},
             pil_kwargs={"compress_level": 1, "compress_type": 3}))      # run lengths: fast, and no larger
@@ -333,22 +330,21 @@ def aimed(picture, face, found=()):
     frames around the faces found and one of another colour around a Face, or None."""
     shown = fit(picture, AIMED).copy()
     factor = len(shown) / len(picture)
-    for number, other in enumerate(found, 1):
-        if other != face:
-            frame(shown, *(round(length * factor) for length in other.square(*picture.shape[:2])), str(number))
-    if face:
-        number = str(found.index(face) + 1) if face in found else ""
-        frame(shown, *(round(length * factor) for length in face.square(*picture.shape[:2])), number, (0, 255, 255))
+    for other in filter(None, [*found, face]):
+        number, ink = str(found.index(other) + 1) if other in found else "", [(0, 255, 255)] * (other == face)
+        frame(shown, *(round(length * factor) for length in other.square(*picture.shape[:2])), number, *ink)
     return shown
 
 
 def pointed(picture, place, share, found):
     """Say which Face is meant by a point, (x, y), in what `aimed` shows: a found one, if it lies in its frame, or a
-    frame around it, whose side is a share of the photograph's shorter side."""
+    frame around it, whose side is a share of the photograph's shorter side, or, by FRAME, the others' median."""
     x, y = np.array(place) * max(1, max(picture.shape) / AIMED)
     near = [face for face in found if max(abs(face.x - x), abs(face.y - y)) < face.size / 2]
+    size = np.median([face.size for face in found] if found and share == FRAME else
+                     np.clip(share or 0, 0.01, 1) * min(picture.shape[:2]))
     return min(near, key=lambda face: np.hypot(face.x - x, face.y - y),
-               default=Face(float(x), float(y), float(np.clip(share or 0, 0.01, 1)) * min(picture.shape[:2]), 0, 1))
+               default=Face(float(x), float(y), float(size), 0, 1))
 
 
 def face_pairs(picture, sr):
@@ -377,10 +373,13 @@ def captioned_pairs(picture, sr, name=""):
     """List a photograph's faces: (before and after side by side, (256, 512, 3) uint8, caption), and before them
     the photograph with their numbers; in a folder, where `name` is the file's, only before several."""
     name = name and f"{shortened(name, 24)}, "
-    pairs = [(np.hstack(pair), f"{name}{number}: {patch.side} pixels" + f", shows {len(patch.lr)}" * patch.blurred
-              + f", {outcome(patch)}" + (f" at {patch.strength:g}" if patch.action == "restored" and patch.strength < 1
-                                         else "") + ", perhaps no face" * (patch.face.score < DETECTION_SCORE))
-             for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1)]
+    pairs = []
+    for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1):
+        shows = f", shows {len(patch.lr)}" * (len(patch.lr) < min(patch.side, DETAIL))
+        strength = f" at {patch.strength:g}" if patch.action == "restored" and patch.strength < 1 else ""
+        doubts = ", doubtful" * patch.doubtful + ", perhaps no face" * (patch.face.score < DETECTION_SCORE)
+        caption = f"{name}{number}: {patch.side} pixels{shows}, {outcome(patch)}{strength}{doubts}"
+        pairs.append((np.hstack(pair), caption))
     overview = aimed(picture.lr, None, [patch.face for patch in picture.patches])
     return [(overview, f"{name}the photograph")] * (len(pairs) > bool(name)) + pairs
 
@@ -389,7 +388,8 @@ def photo_rows(picture, sr):
     """Make a photograph's rows for `plot_comparison`: it with numbered frames, its result, if there is room, and its
     faces before and after."""
     most, across = 12, 2 + (len(picture.patches) > 8)
-    faces = [[("before", before, f"{number}: {patch.side} pixels"), ("after", after, outcome(patch))]
+    faces = [[("before", before, f"{number}: {patch.side} pixels"),
+              ("after", after, outcome(patch) + ", doubtful" * patch.doubtful)]
              for number, (patch, (before, after)) in enumerate(zip(picture.patches[:most], face_pairs(picture, sr)), 1)]
     rows = [sum(faces[i:i + across], []) for i in range(0, len(faces), across)] or [[]]
     overview = aimed(picture.lr, None, [patch.face for patch in picture.patches[:most]])
@@ -404,10 +404,11 @@ def photo_rows(picture, sr):
 def photo_sentence(picture, sr):
     """Say what was done with the faces of a photograph, and where they keep it small."""
     patches, factor = picture.patches, len(sr) // len(picture.lr)
-    numbers = Counter(patch.action for patch in patches)
+    numbers = Counter(patch.action for patch in patches) + Counter(doubtful=sum(patch.doubtful for patch in patches))
     tiny = sum(patch.action == "restored" and len(patch.lr) < TINY for patch in patches)
     parts = [f"{numbers['restored']} restored" + f" ({tiny} of them mostly invented)" * bool(tiny)] * bool(patches)
-    words = {"sharp": "left as is (sharp already)", "left": "left as is (as asked)", "small": "too small"}
+    words = {"doubtful": "of these doubtful: look closely", "sharp": "left as is (sharp already)",
+             "left": "left as is (as asked)", "small": "too small"}
     parts += [f"{numbers[action]} {text}" for action, text in words.items() if numbers[action]]
     usual = picture.found[1] if picture.marked else enlargement(picture.lr, None, patches)
     if factor == usual < enlargement(picture.lr):
@@ -432,7 +433,7 @@ def photo_table(picture):
     """List a photograph's rows of faces.csv."""
     return [(picture.name, number, round(patch.face.x, 1), round(patch.face.y, 1), round(patch.face.size, 1),
              round(patch.face.angle, 1), round(patch.face.score, 3), patch.working_size, outcome(patch),
-             f"{patch.strength:g}" if patch.action == "restored" else "")
+             f"{patch.strength:g}" if patch.action == "restored" else "", int(patch.doubtful))
             for number, patch in enumerate(picture.patches, 1)]
 
 

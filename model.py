@@ -1,8 +1,7 @@
 """The two networks of SRGAN, their file and device, and what they do with pictures and the faces in photographs.
 
 Generator and Discriminator follow Ledig et al. 2017, "Photo-Realistic Single Image Super-Resolution Using a Generative
-Adversarial Network" (arXiv:1609.04802), section 2.1 and figure 4. Tensors of pictures are RGB in [0, 1], (N, 3, H, W):
-`load_checkpoint("checkpoints/srgan_x4.pth")[0](lr)` gives (N, 3, 4H, 4W), not clamped.
+Adversarial Network" (arXiv:1609.04802), section 2.1 and figure 4. Tensors of pictures are RGB in [0, 1], (N, 3, H, W).
 """
 import contextlib
 import copy
@@ -28,8 +27,9 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data_loader import (SAME, Face, contrast, cut_face, find_faces, full_contrast, open_image, reduction_error,
-                         rescale, resize, to_tensor, to_uint8, turning, working_size, write_atomically, write_picture)
+from data_loader import (CERTAIN, SAME, Face, contrast, cut_face, face_score, find_faces, full_contrast, open_image,
+                         reduction_error, rescale, resize, to_tensor, to_uint8, turning, working_size,
+                         write_atomically, write_picture)
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -309,13 +309,13 @@ class Networks:
         return networks
 
     def tiny(self, strength):
-        """A function that gives the generator for faces below EIGHTFOLD pixels, or None."""
+        """A function that gives the generator for faces below TINY pixels, or None."""
         return functools.partial(self, strength, 8) if 8 in self.files else None
 
     def suited(self, side, strength=1, own=None):
         """The strength and the scale that suit a face of `side` pixels in a photograph; `own` is asked for it alone."""
-        scale = 8 if side < EIGHTFOLD and 8 in self.files else min(self.files)
-        part = 1 if not self.has_knob else 0.5 if side >= CLEAR else 0.7 if side < EIGHTFOLD and scale == 8 else 1
+        scale = 8 if side < TINY and 8 in self.files else min(self.files)
+        part = 1 if not self.has_knob else 0.5 if side >= CLEAR else 0.7 if side < TINY and scale == 8 else 1
         return round(strength * part, 2) if own is None else own, scale
 
 
@@ -484,12 +484,12 @@ def upscale_blurred(generator, lr, tiny=None, vivid=None):
     leaves as soft as it was is reduced again, to 24 pixels, and to 16 if `tiny` gives a generator for these."""
     while True:
         side = max(lr.shape[:2])
-        small = tiny() if tiny and side < EIGHTFOLD else None
+        small = tiny() if tiny and side < TINY else None
         sr = upscale(small or vivid or generator, [lr])[0]
         ours, bicubic = (cv2.Laplacian(resize(picture, 128), cv2.CV_32F).std() for picture in (sr, lr))
-        if ours >= GAIN * bicubic or side > 40 or side <= (16 if tiny else TINY):
+        if ours >= GAIN * bicubic or side > 40 or side <= (16 if tiny else 24):
             return lr, sr if small or vivid in (None, generator) else upscale(generator, [lr])[0]
-        lr = rescale(lr, (TINY if side > TINY else 16) / side)
+        lr = rescale(lr, (24 if side > 24 else 16) / side)
 
 
 def upscale_reduced(generator, lr, share=1, tiny=None, vivid=None, scale=None):
@@ -546,9 +546,7 @@ def write_results(results):
 
 # Faces in photographs -----------------------------------------------------------------------------
 
-EIGHTFOLD = 18              # pixels: below, eight times gives the better face, 0.7 of the strength a better likeness
-SMALLEST = {4: EIGHTFOLD, 8: 12}    # pixels of a frame from which a face can be made, by the largest scale at hand
-TINY = 24                   # pixels: below, another person may come out; blurred faces are tried in so many, then in 16
+TINY = 18                   # pixels: below, eight times gives the better face, 0.7 of the strength a better likeness
 CLEAR, OWN = 76, 60         # pixels: from here on, half the strength is as good; what is smoothed away is laid back
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
@@ -573,6 +571,7 @@ class Patch:
     blurred: bool                       # and so restored
     strength: float | None              # at which it is restored; until then, only one of its own
     sr: np.ndarray | None = None
+    doubtful: bool = False              # whether the detector hardly takes the result for a face
     share = 1                           # as of a Picture: lr is reduced already
 
 
@@ -588,7 +587,7 @@ def blockiness(photo, top, left, side):
     return float(np.mean(excess))
 
 
-def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
+def make_patches(photo, found, factor, smallest=TINY, marked=()):
     """Decide what to do with each of the Faces `found` in an (H, W, 3) uint8 photograph, if the result is `factor`
     times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. What is
     `marked`, (Face, "restored", "left", or at what strength to restore it), replaces that Face, or else those with
@@ -603,8 +602,7 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
         faces = [pair for pair, gone in zip(faces, meant) if not gone]
         faces.insert(place, (replace(face, angle=turn), wish))
     for face, wish in faces:
-        top, left, side = face.square(*photo.shape[:2])
-        turn = 90 * round(face.angle / 90)
+        (top, left, side), turn = face.square(*photo.shape[:2]), 90 * round(face.angle / 90)
         lr = np.rot90(photo[top:top + side, left:left + side], turn // 90)
         size = working_size(lr)
         strength, wish = (None, wish) if isinstance(wish, str | None) else (wish, "restored")
@@ -624,8 +622,8 @@ def make_patches(photo, found, factor, smallest=SMALLEST[4], marked=()):
                 lr, turn = cut_face(photo, replace(face, size=side), given), face.angle
             elif given < side:
                 lr = resize(lr, given)
-        blurred = blurred and action == "restored"
-        patches.append(Patch(face, top, left, side, size, len(lr), action, lr, turn, blurred, strength))
+        patches.append(Patch(face, top, left, side, size, len(lr), action, lr, turn, blurred and action == "restored",
+                             strength))
     return patches
 
 
@@ -640,7 +638,7 @@ def add_grain(sr, part, share=1, top=0, left=0, side=0, amount=GRAIN):
 
 
 def paste_face(patch, canvas, photo):
-    """Lay a restored face over its place in the enlarged photograph, fading into it at the edge of its square."""
+    """Lay a restored face over its place in the enlarged photograph, fading in at its edge; tell if it is doubtful."""
     factor, face, top, left, reach = len(canvas) // len(photo), patch.face, patch.top, patch.left, patch.side
     if patch.turn % 90:     # its square reaches further in the photograph, which is not turned
         top, left, reach = min(max(0, int(face.y) - reach), top), min(max(0, int(face.x) - reach), left), 2 * reach
@@ -658,6 +656,7 @@ def paste_face(patch, canvas, photo):
     if patch.blurred and patch.given < patch.side:
         sr = add_grain(sr, part, patch.given / patch.side, patch.top - top, patch.left - left, patch.side)
     place[:] = cv2.blendLinear(place, sr, 1 - mask, mask)
+    patch.doubtful = patch.action == "restored" and face_score(canvas, face, factor) < CERTAIN
 
 
 def restore_surroundings(generator, photo, patch, canvas, factor, most):
@@ -711,7 +710,7 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
     """Yield (picture, sr) for each Picture of a photograph, in order; sr (NH, NW, 3) uint8, picture.patches its faces.
     `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
     rest is enlarged: by default with the Networks, where that is quick and no face is too sharp for them."""
-    smallest = SMALLEST[8 if 8 in networks.files else 4]
+    smallest = 12 if 8 in networks.files else TINY
     for picture in photos:
         photo, found = picture.lr, picture.found
         found[:1] = found[:1] or [find_faces(photo)]

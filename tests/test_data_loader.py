@@ -240,17 +240,6 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
     assert "secret: Permission denied" in capsys.readouterr().err
 
 
-def test_what_killed_processes_left_is_removed(tmp_path):
-    old, new = tmp_path / ".9-aa.face-srgan.tmp", tmp_path / ".8-bb.face-srgan.tmp"
-    mine = tmp_path / ".mine.tmp"
-    for path in (old, new, mine):
-        path.touch()
-    for path in (old, mine):
-        os.utime(path, (1, 1))
-    data_loader.write_picture(tmp_path / "a.png", gradient(9, 9))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, mine.name, "a.png"]
-
-
 def test_read_image_understands_every_sort(tmp_path):
     picture = gradient(20, 30)
     gray = picture[..., 0]
