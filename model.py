@@ -553,7 +553,7 @@ SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face t
 TILT, SURE = 10, 0.85       # degrees and score, from which on reduced faces are turned upright (LPIPS 0.051 for 0.068)
 AROUND, GRAIN = 256, 0.75   # pixels a side, reduced as the face, restored around it; share of grain that the face keeps
 GAIN = 2.7                  # in detail: below, the network has left a face as it was (else 2.8 to 17; 16 faces)
-BLOCKS, CODED = 3.3, 48     # from a JPEG of a quality of 70 or less: two thirds of the pixels do, at least so many
+BLOCKS, CODED = 3.3, 36     # from a JPEG of a quality of 70 or less: two thirds of the pixels do, at least so many
 
 
 @dataclass
@@ -614,10 +614,10 @@ def make_patches(photo, found, factor, smallest=TINY, marked=()):
         if action == "restored":
             size, given = (DETAIL, DETAIL) if size > DETAIL else (size, given)
             coded = side >= CODED and blockiness(photo, top, left, side) * contrast(lr)[1]      # as the network sees it
-            if size > CODED and coded > BLOCKS:
+            if size > CODED and coded > BLOCKS and not blurred:
                 size = given = max(CODED, size * 2 // 3)
             given = max(min(32, given), round(part * given))
-            tilt = TILT if given < side else 20 if side < CODED or coded > 1 else 35     # turning blurs sharp ones
+            tilt = TILT if given < side else 20 if side < 48 or coded > 1 else 35     # turning blurs sharp ones
             if abs(face.angle - turn) > tilt and face.score > SURE:
                 lr, turn = cut_face(photo, replace(face, size=side), given), face.angle
             elif given < side:
