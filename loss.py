@@ -404,17 +404,17 @@ def photo_rows(picture, sr):
 def photo_sentence(picture, sr):
     """Say what was done with the faces of a photograph, and where they keep it small."""
     patches, factor = picture.patches, len(sr) // len(picture.lr)
-    numbers = Counter(patch.action for patch in patches) + Counter(doubtful=sum(patch.doubtful for patch in patches))
+    numbers = Counter(patch.action for patch in patches)
+    doubtful = ", ".join(str(number) for number, patch in enumerate(patches, 1) if patch.doubtful)
     tiny = sum(patch.action == "restored" and len(patch.lr) < TINY for patch in patches)
     parts = [f"{numbers['restored']} restored" + f" ({tiny} of them mostly invented)" * bool(tiny)] * bool(patches)
-    words = {"doubtful": "of these doubtful: look closely", "sharp": "left as is (sharp already)",
-             "left": "left as is (as asked)", "small": "too small"}
+    parts += [f"look closely at {doubtful} (doubtful)"] * bool(doubtful)
+    words = {"sharp": "left as is (sharp already)", "left": "left as is (as asked)", "small": "too small"}
     parts += [f"{numbers[action]} {text}" for action, text in words.items() if numbers[action]]
     usual = picture.found[1] if picture.marked else enlargement(picture.lr, None, patches)
     if factor == usual < enlargement(picture.lr):
         parts += [f"{f'enlarged {factor} times only' if factor > 1 else 'not enlarged'}, since the faces are blurred"]
-    if not numbers["restored"]:
-        parts.append("nothing was changed" if factor == 1 else "only enlarged")
+    parts += ["nothing was changed" if factor == 1 else "only enlarged"] * (not numbers["restored"])
     return ", ".join([f"{len(patches)} face{'s' * (len(patches) != 1)}" if patches else "no face found", *parts])
 
 
