@@ -725,7 +725,7 @@ def parse_arguments(argv=None):
             (not 0 <= args.seed <= 2**32, f"--seed must be from 0 to {2**32}"),
             (not 0 <= args.strength <= 1, "--strength must be from 0 to 1"),
             (not 1 <= args.batch_size <= 65536, "--batch-size must be from 1 to 65536"),
-            (args.hr and not args.inputs, "--hr needs INPUT")):
+            (args.hr and not (args.inputs and args.hr.is_dir()), f"--hr needs INPUT, and a folder: {args.hr}")):
         if wrong:
             raise UsageError(sentence)
     return args

@@ -710,7 +710,7 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
     """Yield (picture, sr) for each Picture of a photograph, in order; sr (NH, NW, 3) uint8, picture.patches its faces.
     `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
     rest is enlarged: by default with the Networks, where that is quick and no face is too sharp for them."""
-    smallest = 12 if 8 in networks.files else TINY
+    smallest = 12 if 8 in networks.files else TINY      # pixels of a frame from which a face can be made
     for picture in photos:
         photo, found = picture.lr, picture.found
         found[:1] = found[:1] or [find_faces(photo)]

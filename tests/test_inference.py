@@ -545,6 +545,7 @@ def test_usage_errors_are_one_sentence_and_status_2(run, tmp_path, capsys):
     for call in calls:
         assert inference.run([*map(str, call), "--output", str(tmp_path / "out")]) == 2, call
         assert len(capsys.readouterr().err.strip().splitlines()) == 1, call
+        assert not (tmp_path / "out").exists(), call        # told before anything is begun
 
 
 def test_a_picture_too_large_does_not_harm_the_others(run, tmp_path, capsys, monkeypatch):
