@@ -68,8 +68,7 @@ class DataError(Exception):
 # Files ------------------------------------------------------------------------------------------
 
 def find_images(folder):
-    """List the pictures below `folder`, in sorted order. Hidden files and folders are left out, and folders that
-    cannot be read, with a warning on stderr."""
+    """List the pictures below `folder`, sorted, but hidden ones; of a folder that cannot be read, warn on stderr."""
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: there is no such folder")
     found = []
@@ -122,8 +121,7 @@ def printable(path):
 
 
 def write_atomically(path, write):
-    """Call write(file) on a temporary file beside `path`, then rename it: `path` is never half
-    written, and what was there stays when the disk is full. OSError names the path."""
+    """Call write(file) on a temporary file, then rename it: `path` is never half written. OSError names the path."""
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}-{zlib.crc32(os.fsencode(path.name)):08x}.face-srgan.tmp")
     try:
@@ -194,10 +192,10 @@ def choose_output(relative, output, taken, suffix=".png"):
 
 def split_files(train_dirs, val_dir=None):
     """List the training and the validation files of some folders; they never share a file.
-    With `val_dir`, its pictures validate and all others train. Without, FFHQ's own tree (`.../00000/00000.png`,
-    five-digit names in folders of a thousand) gets its official split: ids below 60000 train, the rest validate. In any
-    other folder, and in a part of FFHQ without the one or the other, a checksum of the name chooses about one file in
-    twenty, so that adding files never moves one. FFHQ's own tree loses the faces of TESTED; elsewhere, a warning."""
+    With `val_dir`, its pictures validate and all others train. Without, FFHQ's own tree (`.../00000/00000.png`) gets
+    its official split, ids below 60000 to train; in any other folder, and a part of FFHQ without ids of both kinds, a
+    checksum of the name chooses about one file in twenty to validate, so that adding files never moves one. FFHQ's own
+    tree loses the faces of TESTED; elsewhere, a warning."""
     def in_ffhq(path):
         return re.fullmatch(r"(\d\d)000/\1\d{3}", f"{path.parent.name}/{path.stem}")
 
@@ -280,8 +278,7 @@ DETECTOR = Path(__file__).resolve().parent / "checkpoints" / "face_detection_yun
 FADED = 128                                 # levels between which nearly all of a picture lies, if it is faded or dark
 DETECTION_VIEWS = ((320, 0), (320, 2), (640, 0), (640, 3), (1280, 0), (2560, 0))    # longest side; sigma of a blur
 PROPOSAL_SCORE, DETECTION_SCORE = 0.5, 0.8  # at first sight; looked at again: below, coffee cups become faces
-CERTAIN = 0.88                              # below, a result is doubtful: stains, second mouths
-CLOSE = 128                                 # pixels a side of that second look
+CERTAIN, CLOSE = 0.88, 128                  # below, a result is doubtful; pixels a side of that second look
 SAME = 255**2 / 10**3.7                     # mean squared error, of a PSNR of 37 dB, below which pictures look the same
 SHARP, MIRRORED = 80, 0.12                  # of a face to train on: least working size, most of its side outside
 
@@ -363,9 +360,8 @@ def _same(face, other):
 
 
 def _look_again(detector, face, view, factor):
-    """Look at a proposed Face closely, in twelve turns, out of the BGR view, `factor` times the photograph, in which it
-    was seen. The detector sees every face as upright as it can, but is the surer the more upright it is: where that
-    speaks against the proposal, the turn that is most upright counts. The score is the highest, 0.5 where none is."""
+    """Look at a proposed Face closely, in twelve turns, in the BGR view, `factor` times the photograph. The detector
+    sees every face as upright as it can, but is the surer the more upright it is: the most upright turn counts."""
     zoom, there = CLOSE / 2 / (face.size * factor), replace(face, x=face.x * factor, y=face.y * factor)
     views, scores = {}, np.full(12, PROPOSAL_SCORE)
     for turn in range(12):
@@ -419,8 +415,8 @@ def motion(square):
 def working_size(square):
     """Say how much an (S, S, 3) uint8 crop of a face shows: 16, 24 or the smallest side, from 32 up to S, to which it
     can be reduced and enlarged again and be the same: a PSNR above 37 dB in the middle, or an error below 0.12 of what
-    half that side would make (24: 0.04 only; 16, at 14: 0.08, or 0.2 and 37 dB). Grain does not count; much of it
-    leaves 40 or 32. Chosen on 200 faces: how often it errs is in checkpoints/photographs.md."""
+    half that side would make (24: 0.04; 16, at 14: 0.08, or 0.2 and 37 dB). Much grain leaves 40 or 32. (Its errors are
+    in checkpoints/photographs.md.)"""
     square = full_contrast(resize(square, 256) if len(square) > 256 else square)    # 256: far above any limit
     size, middle = len(square), slice(len(square) // 4, -(len(square) // 4))
     angle = motion(square) if size > 16 else None
@@ -508,10 +504,18 @@ def rescale(picture, factor):
     return resize(picture, *(max(1, round(side * factor)) for side in picture.shape[1::-1]))
 
 
+def reduce(picture, factor):
+    """Reduce a blurred (H, W, 3) uint8 picture by a factor. The more grain that loses, the more is smoothed of what is
+    left, which the networks take for wrinkles and stains."""
+    small = rescale(picture, factor)
+    lost = cv2.absdiff(np.ascontiguousarray(picture), resize(small, *picture.shape[1::-1]))
+    grain = 1.48 * float(np.median(lost)) * factor - 1          # about its deviation now, beyond what JPEG does
+    return cv2.bilateralFilter(small, 5, min(40, 20 * grain), 1.2) if grain > 0 else small
+
+
 def contrast(picture):
-    """Tell how to bring a faded or dark (H, W, 3) uint8 picture to the full range: (offset, gain), so that (picture -
-    offset) * gain goes from 0, of its darkest, to 255, of its brightest hundredth. Of others, and of those with a small
-    bright or dark thing, which may be a face: (0, 1)."""
+    """Tell how to bring a faded or dark (H, W, 3) uint8 picture to the full range, by (picture - offset) * gain:
+    (offset, gain). Of others, and of those with a small bright or dark thing, which may be a face: (0, 1)."""
     step = max(picture.shape) // 512 + 1
     low, lowest, highest, high = np.percentile(picture[::step, ::step], (1, 0.02, 99.98, 99))
     faded = high - low < FADED and highest - lowest < 1.25 * FADED
@@ -584,8 +588,7 @@ def _degradation_tables(size, scale, device):
 
 
 def turn(levels, angles):
-    """Turn (N, 3, S, S) levels about their centre by N angles, in degrees, clockwise; what comes into view is the
-    mirrored border."""
+    """Turn (N, 3, S, S) levels about their centre by N angles, in degrees, clockwise; borders are mirrored."""
     cos, sin = np.cos(np.radians(angles)), np.sin(np.radians(angles))
     matrices = np.moveaxis([[cos, sin, 0 * cos], [-sin, cos, 0 * cos]], -1, 0)      # (N, 2, 3)
     matrices = torch.tensor(matrices, dtype=levels.dtype, device=levels.device)
@@ -619,10 +622,9 @@ def _blur(levels, scale, which, blurs):
 
 
 def degrade(hr, scale, rng, rank=0, world=1):
-    """Make low-resolution pictures as the world does: a kernel per picture and, for every second one, each with
-    its own chance, blur (as of a face out of focus, a scan, an enlarged picture), noise and JPEG.
-    hr is (N, 3, sS, sS) in [0, 1], `rng` a numpy Generator; returns (N, 3, S, S), 8-bit levels. Where `world` processes
-    share a batch, hr holds its pictures rank, rank + world, ...: each process draws for all, and takes its own."""
+    """Make low-resolution pictures as the world does: a kernel each and, for every second one, by chance, blur, noise
+    and JPEG. hr is (N, 3, sS, sS) in [0, 1], `rng` a numpy Generator; returns (N, 3, S, S), 8-bit levels. Of a batch
+    shared by processes, hr has the pictures rank, rank + world, ...: each process draws for all, and takes its own."""
     size, device, total = hr.shape[-1], hr.device, len(hr) * world
     small, mine = size // scale, slice(rank, None, world)
     shares = np.array([share for _, share in KERNELS.values()])
@@ -651,9 +653,8 @@ def degrade(hr, scale, rng, rank=0, world=1):
 
 def simulate(hr, scale, kernel="bicubic", damage="none"):
     """Cut an (H, W, 3) uint8 picture to a multiple of `scale` and reduce it with one of KERNELS and one of DAMAGES:
-    (lr, hr), both uint8. The same picture always meets the same fate. "wild" is what people have: turned by up to 30
-    degrees, the face reduced to 0.55 to 1 of its frame, in half of the pictures blur of up to 2 HR pixels, any of the
-    first six kernels (one more must not change the scores), in half noise of up to 8 levels, in 70 % JPEG 40 to 95."""
+    (lr, hr), both uint8; a picture always meets the same fate. "wild" is turned by up to 30 degrees, reduced to 0.55 to
+    1 of its frame, half blurred by up to 2 HR pixels, half with noise of up to 8 levels, 70 % in JPEG 40 to 95."""
     height, width = (side - side % scale for side in hr.shape[:2])
     if not height or not width:
         raise DataError(f"only {hr.shape[1]}x{hr.shape[0]} pixels, too small to reduce")
@@ -661,7 +662,7 @@ def simulate(hr, scale, kernel="bicubic", damage="none"):
     rng = np.random.default_rng(zlib.crc32(hr.tobytes()) if damage == "wild" else 0)
     sigma, deviation, quality = DAMAGES[damage]
     if damage == "wild":
-        angle, zoom, kernel = rng.uniform(-30, 30), rng.uniform(0.55, 1), rng.choice(list(KERNELS)[:6])
+        angle, zoom, kernel = rng.uniform(-30, 30), rng.uniform(0.55, 1), rng.choice(list(KERNELS)[:6])    # no more
         reduced = Image.fromarray(hr).resize((round(width * zoom), round(height * zoom)), Image.Resampling.LANCZOS)
         matrix = cv2.getRotationMatrix2D(((reduced.width - 1) / 2, (reduced.height - 1) / 2), angle, 1)
         matrix[:, 2] += (width - reduced.width) / 2, (height - reduced.height) / 2

@@ -32,7 +32,7 @@ from data_loader import (DAMAGES, FACE_SIZE, KERNELS, DataError, choose_output, 
 from loss import (FACES, FRAME, STUDY_KEYS, STUDY_STYLE, LossError, Study, added_detail, aimed, build_study,
                   captioned_pairs, compare, fit, load_lpips, photo_rows, photo_sentence, photo_table, plot_comparison,
                   pointed, report, report_study, result_sentence, sample_faces, write_csv)
-from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Networks, Picture,
+from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Found, Networks, Picture,
                    enlargement, locked, photo_suffix, read_extras, restore_photos, select_device, shown_share,
                    upscale_pictures, upscale_reduced, write_result, write_results)
 
@@ -88,11 +88,11 @@ def read_pictures(args, files, scale, taken, failed):
             if hint not in told:        # before it takes its time; once is enough
                 told.append(hint)
                 tqdm.write(f"hint: {name} has {hint}")
-            found = [find_faces(lr)] * bool(args.leave)
-            if found and not all(0 < number <= len(found[0]) for number in args.leave):
-                raise DataError(f"{path}: --leave takes numbers of the {len(found[0])} faces found, from 1 on")
-            left, share = [(found[0][n - 1], "left") for n in args.leave], 1 if given else shown_share(lr)
-            yield Picture(name, output, lr, alpha, hr, sr, share, found, marked=left, extras=read_extras(path))
+            faces = find_faces(lr) if args.leave else None
+            if not all(0 < number <= len(faces) for number in args.leave):
+                raise DataError(f"{path}: --leave takes numbers of the {len(faces)} faces found, from 1 on")
+            left, share = [(faces[n - 1], "left") for n in args.leave], 1 if given else shown_share(lr)
+            yield Picture(name, output, lr, alpha, hr, sr, share, Found(faces), marked=left, extras=read_extras(path))
         except (DataError, OSError, MemoryError) as error:
             reason = str(error) or "not enough memory"
             failed(reason if str(path) in reason else f"{path}: {reason}")
@@ -205,7 +205,7 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 #show {grid-area: 1 / 2 / 4} #status {min-height: 3em} #cancel:disabled {display: none} .or {color: inherit !important}
 #compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: min(450px, 84vw) !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
-#faces .grid-container button {aspect-ratio: 1.75; padding-bottom: 2em} #compare.fullscreen img {height: 96vh!important}
+#faces .grid-container button {aspect-ratio: 1.75; padding-bottom: 3em} #compare.fullscreen img {height: 96vh!important}
 #pairs .grid-container button {aspect-ratio: 1.5; padding-bottom: 3.6em} #compare.fullscreen {height: 100% !important}
 :is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: none !important}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
@@ -267,7 +267,7 @@ class Workshop:
     time, in order of arrival, so that nobody's large picture holds up somebody's face."""
 
     def __init__(self, args, folder):
-        self.args, self.folder, self.jobs, self.found = args, folder, {}, defaultdict(list)
+        self.args, self.folder, self.jobs, self.found = args, folder, {}, defaultdict(Found)
         self.hands, self.worker = ThreadPoolExecutor(16), ThreadPoolExecutor(1)
         self.last = functools.lru_cache(1000)(lambda _: SimpleNamespace(when=0, seen=0, moved=0, marks=[], shown=(0,)))
         self.known = functools.lru_cache(1)(lambda name: {})    # what the networks made of the last photograph
@@ -452,7 +452,6 @@ def build_app(workshop, study):
 
     def shown(result, last=SimpleNamespace(seen=None, moved=0)):
         """What the page shows of Workshop.enlarge's result, or None: all or the Face seen, whose knob may move."""
-        moved = time.monotonic() - last.moved < 2       # it may have moved on
         absent = dict.fromkeys(("file", "pair", "lr", "hr", "invented", "photo"))
         result = result or SimpleNamespace(faces=[], found={}, line="", strengths=[None], marked=(), **absent)
         known = [None, *sum(result.found.values(), [])]
@@ -460,13 +459,14 @@ def build_app(workshop, study):
         pair = np.hsplit(result.faces[face][0], 2) if face else result.pair
         pictures = {pixels: result.lr, truth: result.hr, invented: result.invented}
         return {box: gr.Image(picture, visible=picture is not None) for box, picture in pictures.items()} | {
-            slider: pair and tuple(pair), status: result.line, found: result.found,
-            **offered(result.strengths, face, result.marked), **({own: gr.skip()} if moved and face else {}),
+            slider: pair and tuple(pair), status: result.line, **offered(result.strengths, face, result.marked),
+            **({own: gr.skip()} if face and time.monotonic() - last.moved < 2 else {}),     # it may have moved on
             faces: gr.Gallery(result.faces, visible=bool(result.faces), selected_index=face or None),
-            scale: gr.Radio(interactive=not result.photo), clock: gr.Timer(active=bool(result.file)),
+            scale: gr.Radio(interactive=not result.photo), missed: gr.Accordion(visible=bool(result.photo)),
+            clock: gr.Timer(active=bool(result.file)), cancel: gr.Button(interactive=False),
             download: gr.DownloadButton("Download photo" if result.photo else "Download", result.file,
-                                        interactive=bool(result.file)), cancel: gr.Button(interactive=False),
-            made: result.pair and (*result.pair, result.strengths, result.marked)}
+                                        interactive=bool(result.file)),
+            found: result.found, made: result.pair and (*result.pair, result.strengths, result.marked)}
 
     def stop(folder, request: gr.Request):
         waits, last = workshop.cancel(request.session_hash, folder), workshop.last(request.session_hash)
@@ -503,7 +503,7 @@ def build_app(workshop, study):
         picture = opened(path)      # the settings of the one before may not fit it
         vars(workshop.last(request.session_hash)).update(seen=None, shown=0)
         suited = workshop.scale if picture is None else workshop.suited(picture)
-        return False, False, suited, "Working …", gr.DownloadButton(interactive=False), FRAME
+        return False, False, False, suited, "Working …", gr.DownloadButton(interactive=False), FRAME
 
     def look_at(path, made, found, event: gr.SelectData, request: gr.Request):
         pair = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
@@ -578,7 +578,7 @@ def build_app(workshop, study):
                     turn, undo = (gr.Button(text, size="md", min_width=110) for text in ("", "Undo face change"))
                 faces = gr.Gallery(label="Before and after: click one", visible=False, object_fit="contain", buttons=[],
                                    format="png", interactive=False, allow_preview=False, elem_id="faces")
-                with gr.Accordion("A face was missed, or its frame is wrong", open=False, elem_id="missed"):
+                with gr.Accordion("Was a face missed?", open=False, visible=False, elem_id="missed") as missed:
                     gr.Markdown("Click it here (or, if it has a number, above), set its frame, and restore it.")
                     view = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"])
                     target, share = gr.State(), gr.Slider(0.01, 1, FRAME, step=0.005, label="Frame size", buttons=[])
@@ -604,11 +604,11 @@ def build_app(workshop, study):
             at_once = dict(concurrency_limit=None, show_progress="hidden")
             hidden = dict(api_visibility="private", **at_once)
             settings = [photo, strength, shrink, added, whole, scale, only, marks, found, when]
-            knob = [this, own, turn, undo]
+            knob = [this, own, turn, undo, missed]
             boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, *knob, status]
             gr.on([strength.change, shrink.input, added.input, whole.input, scale.input, only.input, marks.change],
                   upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, api_name="upscale", **at_once)
-            given = photo.input(begin, photo, [shrink, whole, scale, status, download, share], **hidden)
+            given = photo.input(begin, photo, [shrink, whole, only, scale, status, download, share], **hidden)
             for settled in (given, pick.load_input_event):
                 settled.then(upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, **hidden)
             cancel.click(stop, gr.State(), [status, download, cancel, *settings[1:8]], api_name="cancel", **at_once)

@@ -411,7 +411,7 @@ def photo_sentence(picture, sr):
     parts += [f"look closely at {doubtful} (doubtful)"] * bool(doubtful)
     words = {"sharp": "left as is (sharp already)", "left": "left as is (as asked)", "small": "too small"}
     parts += [f"{numbers[action]} {text}" for action, text in words.items() if numbers[action]]
-    usual = picture.found[1] if picture.marked else enlargement(picture.lr, None, patches)
+    usual = picture.found.times if picture.marked else enlargement(picture.lr, None, patches)
     if factor == usual < enlargement(picture.lr):
         parts += [f"{f'enlarged {factor} times only' if factor > 1 else 'not enlarged'}, since the faces are blurred"]
     parts += ["nothing was changed" if factor == 1 else "only enlarged"] * (not numbers["restored"])

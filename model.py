@@ -1,7 +1,7 @@
 """The two networks of SRGAN, their file and device, and what they do with pictures and the faces in photographs.
 
-Generator and Discriminator follow Ledig et al. 2017, "Photo-Realistic Single Image Super-Resolution Using a Generative
-Adversarial Network" (arXiv:1609.04802), section 2.1 and figure 4. Tensors of pictures are RGB in [0, 1], (N, 3, H, W).
+Generator and Discriminator follow Ledig et al. 2017 (arXiv:1609.04802), section 2.1 and figure 4. Tensors of pictures
+are RGB in [0, 1], (N, 3, H, W).
 """
 import contextlib
 import copy
@@ -21,20 +21,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import ExifTags
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from data_loader import (CERTAIN, SAME, Face, contrast, cut_face, face_score, find_faces, full_contrast, open_image,
-                         reduction_error, rescale, resize, to_tensor, to_uint8, turning, working_size,
+                         reduce, reduction_error, rescale, resize, to_tensor, to_uint8, turning, working_size,
                          write_atomically, write_picture)
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-PRECISION_HELP = ("of the networks' arithmetic; auto: bfloat16 where the hardware computes in it, float16 on Volta and "
-                  "Turing, else float32, which is never TF32 [%(default)s]")
+PRECISION_HELP = "auto: bfloat16 where the hardware has it, float16 on Volta and Turing, else float32 [%(default)s]"
 CONTENT = 2 * 10**9         # bytes that a .pth file may unpack to; VGG19 has 0.55
 TILE, OVERLAP = 288, 24     # LR pixels; what lies further away changes three values in a million by two grey levels
 TONED = 5 / 255             # error of colour guessed from brightness: less is gray or sepia (700 faces of FFHQ: 6.3 on)
@@ -115,8 +113,7 @@ class Generator(nn.Module):
 
     def for_inference(self, dtype=torch.float32):
         """Return a frozen copy for inference, computing in `dtype`: batch norm folded into the convolution before it,
-        if there is one, activations in place, channels-last. It takes float32 pictures and returns what `eval()` does,
-        to rounding, for other layers in `Sequential`s too."""
+        if any, activations in place, channels-last. It takes and returns what `eval()` does, to rounding."""
         net = copy.deepcopy(self).eval().requires_grad_(False)
         for module in list(net.modules()):
             if isinstance(module, nn.Sequential):
@@ -140,10 +137,9 @@ def icnr_(conv):
 
 
 class SubpixelConv2d(nn.Conv2d):
-    """A convolution of the enlarged features, conv(F.pixel_shuffle(features, 2)), made without that large intermediate:
-    (N, 4C, H, W) -> (N, outputs, 2H, 2W). Its kernel, shifted by 0 or 1 for each of the four sub-pixels of the result
-    and unshuffled like a picture, becomes one of half the size for the small grid. The tail's three output channels
-    keep a processor's wide registers mostly idle; twelve fill them."""
+    """conv(F.pixel_shuffle(features, 2)), without that large intermediate: (N, 4C, H, W) -> (N, outputs, 2H, 2W). Its
+    kernel, shifted by 0 or 1 for each of the four sub-pixels and unshuffled like a picture, becomes one of half the
+    size for the small grid; and of its twelve outputs, unlike of three, a processor's wide registers are full."""
 
     def forward(self, features):
         reach = self.kernel_size[0] // 2
@@ -157,10 +153,9 @@ class SubpixelConv2d(nn.Conv2d):
 
 
 class Discriminator(nn.Module):
-    """The discriminator of section 2.1.1: eight 3x3 convolutions, 64 to 512 channels, every second one with stride 2,
-    then two dense layers. Takes RGB in [0, 1] of any size from 16x16 and returns logits, (N,), positive for real. The
-    paper's dense layer sees all positions of a 96x96 picture; here the features are averaged to 4x4 cells first (the
-    size of a 64x64 patch's), so that any size fits and the dense layer stays at 8.4 million weights."""
+    """The discriminator of section 2.1.1: eight 3x3 convolutions, every second with stride 2, and two dense layers.
+    Takes RGB in [0, 1] of any size from 16x16, returns logits, (N,), positive for real. The paper's dense layer sees
+    all of a 96x96 picture; here features are averaged to 4x4 cells, so that any size fits 8.4 million weights."""
 
     def __init__(self, channels=64):
         super().__init__()
@@ -168,8 +163,7 @@ class Discriminator(nn.Module):
         for i in range(8):
             outputs = channels * 2 ** (i // 2)
             layers += [nn.Conv2d(inputs, outputs, 3, stride=1 + i % 2, padding=1, bias=i == 0)]
-            layers += [nn.BatchNorm2d(outputs)] if i else []
-            layers += [nn.LeakyReLU(0.2)]
+            layers += [nn.BatchNorm2d(outputs)] * (i > 0) + [nn.LeakyReLU(0.2)]
             inputs = outputs
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
@@ -207,19 +201,19 @@ def load_plain(path):
     path = Path(path)
     try:
         if not path.is_file():      # a pipe would never end
-            raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'there is no such file'}")
-        size = path.stat().st_size
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as parts:
-                size = sum(part.file_size for part in parts.infolist())
-        if size > CONTENT:
-            raise CheckpointError(f"{path}: unpacks to {size:,} bytes, more than any checkpoint of this project")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
+            reason = "not a file" if path.exists() else "there is no such file"
+        else:
+            size = path.stat().st_size
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as parts:
+                    size = sum(part.file_size for part in parts.infolist())
+            if size <= CONTENT:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            reason = f"unpacks to {size:,} bytes, more than any checkpoint of this project"
     except Exception as error:      # torch.load raises half a dozen unrelated kinds
-        reason = getattr(error, "strerror", None) or "damaged, or not only plain tensors"
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from None
+        why = getattr(error, "strerror", None) or "damaged, or not only plain tensors"
+        reason = f"cannot be read as a checkpoint ({why})"
+    raise CheckpointError(f"{path}: {reason}")
 
 
 def checksum(weights):
@@ -276,9 +270,8 @@ def load_checkpoint(path):
 
 
 class Networks:
-    """A checkpoint, its SRResNet, and those of the other scale beside it (`files`, by scale): networks(strength, scale)
-    gives one that is ready for inference, loaded when first asked for, of a strength from 0 (the SRResNet) to 1 (the
-    checkpoint); by default, of the checkpoint's scale. `precision` is one of PRECISIONS."""
+    """A checkpoint, its SRResNet, and those of the other scale beside it (`files`, by scale). networks(strength, scale)
+    gives one ready for inference, of a strength from 0 (SRResNet) to 1; by default, of the checkpoint's scale."""
 
     def __init__(self, checkpoint, device=torch.device("cpu"), precision="float32"):
         def load(strength, scale):
@@ -291,21 +284,34 @@ class Networks:
 
         self.load, self.tell = functools.lru_cache(maxsize=48)(load), lambda text: None     # the knob has 21 places
         self.scale = load_checkpoint(checkpoint)[0].scale
-        names = {scale: re.sub(r"_x\d\.pth$", f"_x{scale}.pth", checkpoint.name) for scale in (4, 8)}
-        self.files = {scale: checkpoint.with_name(name) for scale, name in names.items()
-                      if name != checkpoint.name and checkpoint.with_name(name).exists()} | {self.scale: checkpoint}
+        paths = {n: checkpoint.with_name(re.sub(r"_x\d\.pth$", f"_x{n}.pth", checkpoint.name)) for n in (4, 8)}
+        self.files = {n: path for n, path in paths.items() if path != checkpoint and path.exists()}
+        self.files[self.scale] = checkpoint
         self.has_knob = all(path.with_name(f"srresnet_x{scale}.pth").exists() for scale, path in self.files.items())
 
     def __call__(self, strength=1, scale=None):
         return self.load(round(strength, 2), scale or self.scale)
 
     def at_work(self, job, worker, known):
-        """The same for a job, whose tiles take turns with those of others; what is made of one is kept in `known`."""
+        """The same for a job: its tiles take turns with others', end with the job, and are kept in `known`."""
+        def load(strength, scale):
+            def forward(lr):
+                if job.over:
+                    raise CancelledError
+                key = whole, lr.shape, hashlib.sha256(lr.cpu().numpy().tobytes()).digest()
+                if (sr := known.get(key)) is None:
+                    sr = known[key] = worker.submit(whole, lr).result()
+                return sr
+
+            whole = self.load(strength, scale)
+            generator = copy.copy(whole)
+            generator.forward = forward
+            return generator
+
         if sum(sr.nbytes for sr in list(known.values())) > KNOWN:
             known.clear()
         networks = copy.copy(self)
-        networks.load = lambda strength, scale: AtWork(self.load(strength, scale), job, worker, known)
-        networks.tell = lambda text: setattr(job, "part", text)
+        networks.load, networks.tell = load, lambda text: setattr(job, "part", text)
         return networks
 
     def tiny(self, strength):
@@ -317,22 +323,6 @@ class Networks:
         scale = 8 if side < TINY and 8 in self.files else min(self.files)
         part = 1 if not self.has_knob else 0.5 if side >= CLEAR else 0.7 if side < TINY and scale == 8 else 1
         return round(strength * part, 2) if own is None else own, scale
-
-
-class AtWork(nn.Module):
-    """A generator at work for a job: its tiles take turns with others', end with the job, and are kept in `known`."""
-
-    def __init__(self, generator, job, worker, known):
-        super().__init__()
-        self.generator, self.scale, self.job, self.worker, self.known = generator, generator.scale, job, worker, known
-
-    def forward(self, lr):
-        if self.job.over:
-            raise CancelledError
-        key = self.generator, lr.shape, hashlib.sha256(lr.cpu().numpy().tobytes()).digest()
-        if (sr := self.known.get(key)) is None:
-            sr = self.known[key] = self.worker.submit(self.generator, lr).result()
-        return sr
 
 
 @contextlib.contextmanager
@@ -363,10 +353,8 @@ def select_device(name):
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise DeviceError(f"--device {name}: there is no CUDA device {index} on this machine, which has "
-                              f"{torch.cuda.device_count()}; try --device cpu, or fewer processes")
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
+            raise DeviceError(f"--device {name}: no CUDA device {index} is here; try --device cpu, or fewer processes")
+        torch.cuda.set_device(device := torch.device("cuda", index))
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
@@ -393,6 +381,14 @@ def device_name(device):
 # Pictures -----------------------------------------------------------------------------------------
 
 @dataclass
+class Found:
+    """What a photograph is like, whatever is marked in it: looked for once, and kept."""
+    faces: list | None = None
+    times: int | None = None            # it is to be as large
+    reach: float | None = None          # pixels, reduced as a blurred face, that are restored around it
+
+
+@dataclass
 class Picture:
     """One picture on its way: what was read, and where the result goes."""
     name: str                           # as it is printed and stands in the tables
@@ -402,8 +398,8 @@ class Picture:
     hr: np.ndarray | None = None        # (sH, sW, 3) uint8
     sr: np.ndarray | None = None        # the same, where it is finished already, and only to be scored
     share: float = 1                    # of its pixels a side that show anything: less of a face that is blurred
-    found: list = field(default_factory=list)       # once known: [its Faces, enlargement, reach around blurred ones]
-    patches: list = field(default_factory=list)     # what becomes of them
+    found: Found = field(default_factory=Found)     # of a photograph
+    patches: list = field(default_factory=list)     # what becomes of its faces
     marked: list = field(default_factory=list)      # (Face, wish) that somebody has pointed at: see `make_patches`
     extras: dict = field(default_factory=dict)      # its colour profile and EXIF data
 
@@ -411,7 +407,7 @@ class Picture:
 @torch.inference_mode()
 def upscale(generator, pictures):
     """Enlarge pictures of one size: (N, H, W, 3) uint8, or a list of N, to (N, sH, sW, 3) uint8. `generator` comes from
-    `for_inference()`, on any device. Large pictures go through it in tiles of up to TILE, with margins, so no seams."""
+    `for_inference()`. Large pictures go through it in tiles of up to TILE, with margins, so no seams."""
     pictures, device = np.asarray(pictures), next(generator.parameters()).device
     scale, (number, height, width, _) = generator.scale, pictures.shape
     sr = np.empty((number, height * scale, width * scale, 3), np.uint8)
@@ -457,7 +453,7 @@ def read_extras(path):
         if (profile := image.info.get("icc_profile")) and image.mode in ("RGB", "RGBA", "P"):
             extras["icc_profile"] = profile
         if exif := image.getexif():
-            exif.pop(ExifTags.Base.Orientation, None)       # `read_image` has applied it
+            exif.pop(0x0112, None)          # the orientation, which `read_image` has applied
             if len(data := exif.tobytes()) < 65000:             # no more fits into a JPEG
                 extras["exif"] = data
     return extras
@@ -471,8 +467,7 @@ def photo_suffix(path, alpha):
 def shown_share(lr):
     """The share of its pixels a side to which a picture of one face, (H, W, 3) uint8, can be reduced and still be the
     same: 1 unless it is blurred (of 32 pixels by 1.6: LPIPS 0.57 as it is, 0.10 reduced), or far too large for that."""
-    height, width = lr.shape[:2]
-    side = min(height, width)
+    (height, width), side = lr.shape[:2], min(lr.shape[:2])
     if max(height, width) > 256:
         return 1
     size = working_size(lr[(height - side) // 2:, (width - side) // 2:][:side, :side])
@@ -493,11 +488,10 @@ def upscale_blurred(generator, lr, tiny=None, vivid=None):
 
 
 def upscale_reduced(generator, lr, share=1, tiny=None, vivid=None, scale=None):
-    """Enlarge one picture `scale` times, by default the generator's: reduced to a share of its pixels a side first, if
-    that is not 1, then as in `upscale_blurred`, and by bicubic for the rest."""
+    """Enlarge one picture `scale` times, by default the generator's; of a share below 1, reduced to it first."""
     if share == 1 and not scale:
         return upscale(generator, [lr])[0]
-    sr = upscale_blurred(generator, rescale(lr, share), tiny, vivid)[1]
+    sr = upscale_blurred(generator, reduce(lr, share) if share < 1 else lr, tiny, vivid)[1]
     return resize(sr, *(side * (scale or generator.scale) for side in lr.shape[1::-1]))
 
 
@@ -526,11 +520,9 @@ def upscale_pictures(generator, pictures, batch_size, tiny=None, vivid=None):
 
 def write_result(picture, sr):
     """Write the picture of a result, with the alpha channel enlarged beside it, unless somebody else has made it."""
-    if picture.sr is not None:
-        return
-    if picture.alpha is not None:
-        sr = np.dstack([sr, rescale(picture.alpha, len(sr) // len(picture.lr))])
-    write_picture(picture.output, sr, picture.extras)
+    alpha = [] if picture.alpha is None else [rescale(picture.alpha, len(sr) // len(picture.lr))]
+    if picture.sr is None:
+        write_picture(picture.output, np.dstack([sr, *alpha]), picture.extras)
 
 
 def write_results(results):
@@ -576,9 +568,8 @@ class Patch:
 
 
 def blockiness(photo, top, left, side):
-    """By how many levels neighbours in a square of an (H, W, 3) uint8 photograph differ more, beyond the slope, across
-    the borders of JPEG's blocks of 8 pixels than within: about 0 where it was no JPEG, or has been resized or cropped
-    since, 0.3 at a quality of 95, 2.5 at 80, 4 at 60, whatever is in the picture (60 faces)."""
+    """How many levels more neighbours in a square of an (H, W, 3) uint8 photograph differ across the borders of JPEG's
+    blocks than within: about 0 without JPEG or resized since, 0.3 at a quality of 95, 2.5 at 80, 4 at 60 (60 faces)."""
     part, excess = photo[-(-top // 8) * 8:(top + side) // 8 * 8, -(-left // 8) * 8:(left + side) // 8 * 8], []
     for steps in (np.diff(part.mean(2, dtype=np.float32), axis=1), np.diff(part.mean(2, dtype=np.float32), axis=0).T):
         steps = np.abs(steps[:, 1:-1] - (steps[:, :-2] + steps[:, 2:]) / 2).clip(0, 20).mean(0)     # more is an edge
@@ -619,9 +610,9 @@ def make_patches(photo, found, factor, smallest=TINY, marked=()):
             given = max(min(32, given), round(part * given))
             tilt = TILT if given < side else 20 if side < 48 or coded > 1 else 35     # turning blurs sharp ones
             if abs(face.angle - turn) > tilt and face.score > SURE:
-                lr, turn = cut_face(photo, replace(face, size=side), given), face.angle
-            elif given < side:
-                lr = resize(lr, given)
+                lr, turn = cut_face(photo, replace(face, size=side), side if blurred else given), face.angle
+            if given < len(lr):
+                lr = reduce(lr, given / side) if blurred else resize(lr, given)
         patches.append(Patch(face, top, left, side, size, len(lr), action, lr, turn, blurred and action == "restored",
                              strength))
     return patches
@@ -629,7 +620,7 @@ def make_patches(photo, found, factor, smallest=TINY, marked=()):
 
 def add_grain(sr, part, share=1, top=0, left=0, side=0, amount=GRAIN):
     """Lay over a result what it lost of its source, (H, W, 3) uint8: if that was reduced to a share first, what is lost
-    everywhere in the square of the face, unlike at edges; else, what the network smoothed away."""
+    everywhere in the square of the face, not at edges alone; else, what the network smoothed away."""
     again = resize(rescale(part, share) if share < 1 else sr, *part.shape[1::-1])
     grain = cv2.subtract(part, again, dtype=cv2.CV_16S)
     most = int(4 * np.median(np.abs(grain[top:top + side:4, left:left + side:4]))) if share < 1 else 255    # 2.7 sd
@@ -638,7 +629,7 @@ def add_grain(sr, part, share=1, top=0, left=0, side=0, amount=GRAIN):
 
 
 def paste_face(patch, canvas, photo):
-    """Lay a restored face over its place in the enlarged photograph, fading in at its edge; tell if it is doubtful."""
+    """Lay a restored face over its place in the enlarged photograph, fading in at its edge."""
     factor, face, top, left, reach = len(canvas) // len(photo), patch.face, patch.top, patch.left, patch.side
     if patch.turn % 90:     # its square reaches further in the photograph, which is not turned
         top, left, reach = min(max(0, int(face.y) - reach), top), min(max(0, int(face.x) - reach), left), 2 * reach
@@ -656,13 +647,11 @@ def paste_face(patch, canvas, photo):
     if patch.blurred and patch.given < patch.side:
         sr = add_grain(sr, part, patch.given / patch.side, patch.top - top, patch.left - left, patch.side)
     place[:] = cv2.blendLinear(place, sr, 1 - mask, mask)
-    patch.doubtful = patch.action == "restored" and face_score(canvas, face, factor) < CERTAIN
 
 
 def restore_surroundings(generator, photo, patch, canvas, factor, most):
     """Restore what lies around a blurred face, as far as `most` pixels, reduced like it, reach, or it is wide: what is
-    as, and before, half as blurred: where as many pixels do, and half as many would lose several times as much, not
-    twice as at an edge. Grain does not count, and stays."""
+    as blurred, or half: where as many pixels do, and half as many would lose several times as much. Grain stays."""
     given, layers, rest = len(patch.lr) / patch.side, [], 1
     reach = max(patch.side, round((most / given - patch.side) / 2))
     top, left = max(0, patch.top - reach), max(0, patch.left - reach)
@@ -690,8 +679,7 @@ def restore_surroundings(generator, photo, patch, canvas, factor, most):
 
 
 def enlarge_background(generator, picture):
-    """Enlarge a photograph with the network, but by bicubic where all of it is as blurred as a face, and will be
-    restored around it, or if the network makes worms of its grain."""
+    """Enlarge a photograph with the network; by bicubic if grain would become worms, or all is as blurred as a face."""
     share = max((len(p.lr) / p.side if p.blurred else 1 for p in picture.patches if p.action != "left"), default=1)
     photo = full_contrast(picture.lr)
     again = resize(rescale(photo, share), *photo.shape[1::-1])
@@ -706,45 +694,57 @@ def enlargement(photo, factor=None, patches=()):
     return factor or next(n for n in (4, 2, 1) if photo[..., 0].size <= 16e6 / n ** 2 and n <= most or n == 1)
 
 
+def plan_patches(picture, factor, smallest):
+    """Decide what to do with the faces of a photograph, picture.patches; find them first, unless they are known."""
+    photo, found = picture.lr, picture.found
+    found.faces = find_faces(photo) if found.faces is None else found.faces
+    plan = functools.partial(make_patches, photo, found.faces, enlargement(photo, factor), smallest)
+    picture.patches = plan(picture.marked)
+    if found.times is None:     # beside sharp faces, blur may be meant
+        plain = plan() if picture.marked else picture.patches
+        found.times, blurred = enlargement(photo, None, plain), sum(patch.blurred for patch in plain)
+        found.reach = 0 if any(patch.action == "sharp" for patch in plain) else AROUND / max(1, blurred) ** 0.5
+
+
+def restore_faces(networks, patches, batch_size, strength):
+    """Fill in the results of patches, each by the network that suits its size, and the strength of it."""
+    chosen = defaultdict(list)
+    for patch in patches:
+        suited = functools.partial(networks.suited, strength=strength, own=patch.strength)
+        if patch.blurred and len(patch.lr) < CLEAR:     # what it shows does not depend on the strength
+            tiny, vivid = networks.tiny(suited(0)[0]), networks(*networks.suited(TINY))
+            patch.lr, patch.sr = upscale_blurred(networks(*suited(TINY)), patch.lr, tiny, vivid)
+        else:
+            chosen[suited(len(patch.lr))].append(patch)
+        patch.strength = suited(len(patch.lr))[0]
+    for which, alike in chosen.items():
+        for patch, sr in upscale_pictures(networks(*which), alike, batch_size):
+            patch.sr = add_grain(sr, patch.lr) if OWN <= len(patch.lr) == patch.side else sr
+
+
 def restore_photos(networks, photos, batch_size, strength=1, factor=None, background=None):
     """Yield (picture, sr) for each Picture of a photograph, in order; sr (NH, NW, 3) uint8, picture.patches its faces.
     `factor` is N, 1, 2 or 4, by default what gives a handy size; `background`, "network" or "bicubic", is how the
     rest is enlarged: by default with the Networks, where that is quick and no face is too sharp for them."""
-    smallest = 12 if 8 in networks.files else TINY      # pixels of a frame from which a face can be made
     for picture in photos:
-        photo, found = picture.lr, picture.found
-        found[:1] = found[:1] or [find_faces(photo)]
-        plan = functools.partial(make_patches, photo, found[0], enlargement(photo, factor), smallest)
-        picture.patches = plan(picture.marked)
-        if len(found) == 1:     # marks do not change what else is done; beside sharp faces, blur may be meant
-            plain = plan() if picture.marked else picture.patches
-            most = AROUND / max(1, sum(p.blurred for p in plain)) ** 0.5 * all(p.action != "sharp" for p in plain)
-            found[1:] = enlargement(photo, None, plain), most
-        faces, times, most = found[0], factor or found[1], found[2]
-        chosen = defaultdict(list)
-        for patch in (patch for patch in picture.patches if patch.action == "restored"):
-            suited = functools.partial(networks.suited, strength=strength, own=patch.strength)
-            if patch.blurred and len(patch.lr) < CLEAR:     # what it shows does not depend on the strength
-                tiny, vivid = networks.tiny(suited(0)[0]), networks(*networks.suited(TINY))
-                patch.lr, patch.sr = upscale_blurred(networks(*suited(TINY)), patch.lr, tiny, vivid)
-            else:
-                chosen[suited(len(patch.lr))].append(patch)
-            patch.strength = suited(len(patch.lr))[0]
-        for which, alike in chosen.items():
-            for patch, sr in upscale_pictures(networks(*which), alike, batch_size):
-                patch.sr = add_grain(sr, patch.lr) if OWN <= len(patch.lr) == patch.side else sr
+        plan_patches(picture, factor, 12 if 8 in networks.files else TINY)
+        photo, patches, found, times = picture.lr, picture.patches, picture.found, factor or picture.found.times
+        restored = [patch for patch in patches if patch.action == "restored"]
+        restore_faces(networks, restored, batch_size, strength)
 
-        way = background or ("network" if photo[..., 0].size <= 5e5 and most else "bicubic")
-        mild = functools.partial(networks, *networks.suited(CLEAR if faces else TINY, strength))
+        way = background or ("network" if photo[..., 0].size <= 5e5 and found.reach else "bicubic")
         painted = way == "network" and times == min(networks.files)     # mildly beside faces: edges look scribbled
+        mild = functools.partial(networks, *networks.suited(CLEAR if found.faces else TINY, strength))
         canvas = enlarge_background(mild(), picture) if painted else rescale(photo, times)
-        blurred = [patch for patch in picture.patches if patch.blurred and background != "bicubic"]
+        blurred = [patch for patch in patches if patch.blurred and background != "bicubic"]
         for number, patch in enumerate(blurred, 1):
             networks.tell(f", face {number} of {len(blurred)}")
-            restore_surroundings(mild(), photo, patch, canvas, times, most)
-        for patch in sorted(picture.patches, key=lambda patch: -patch.side):    # small ones over large ones
+            restore_surroundings(mild(), photo, patch, canvas, times, found.reach)
+        for patch in sorted(patches, key=lambda patch: -patch.side):    # small ones over large ones
             if (painted or blurred) and patch.action in ("sharp", "left"):
                 patch.sr = rescale(patch.lr, times)
             if patch.sr is not None:
                 paste_face(patch, canvas, photo)
+        for patch in restored:
+            patch.doubtful = face_score(canvas, patch.face, times) < CERTAIN
         yield picture, canvas

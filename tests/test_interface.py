@@ -444,7 +444,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     wall = save(tmp_path / "wall.png", (90, 70))
     page.locator("#photo input[type=file]").set_input_files(wall)
     page.get_by_text("no face found").wait_for()
-    page.get_by_text("A face was missed").click()
+    page.get_by_text("Was a face missed?").click()
     picture = page.locator("#missed img")
     picture.wait_for()
     first = picture.get_attribute("src")
@@ -500,9 +500,11 @@ def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
     Image.fromarray(np.hstack([face, face])).save(tmp_path / "two.png")
     page.goto(app.url)
     page.get_by_text("An example").wait_for()
-    page.get_by_role("button", name="A face was missed").click()
+    missed = page.get_by_role("button", name="Was a face missed?")
+    assert not missed.is_visible()      # of one face, none was
     page.locator("#photo input[type=file]").set_input_files(tmp_path / "two.png")
     page.get_by_text("2 faces, 2 restored").wait_for()
+    missed.click()
     own, tiles = page.get_by_role("slider", name="of this face"), page.locator("#faces button")
     assert not own.is_visible()
 
@@ -721,7 +723,7 @@ def test_moved_back_to_what_is_shown_nothing_is_made_again(workshop, monkeypatch
 def test_a_large_picture_does_not_hold_up_a_face(workshop):
     """The face comes after the tile that is being computed and one that may wait already; the others after it."""
     begun, widths = threading.Event(), []
-    workshop.networks(1, 4).register_forward_pre_hook(
+    workshop.networks(1, 4).head.register_forward_pre_hook(
         lambda _, inputs: widths.append(inputs[0].shape[-1]) or begun.set())
     at_work = workshop.networks.at_work(SimpleNamespace(over=False), workshop.worker, {})
     with ThreadPoolExecutor() as pool:
@@ -791,7 +793,7 @@ def test_a_change_of_one_face_computes_nothing_around_the_others(workshop, monke
     assert largest > 200 and np.array_equal(again, after)
     flat = [Face(150, 20, 40, 0, 1), Face(20, 150, 40, 0, 1)]  # what lies around them differs in its shape alone
     Image.new("RGB", (300, 300), (120, 90, 70)).save(path := workshop.folder / "flat.png")
-    workshop.found[path] += [[]]
+    workshop.found[path].faces = []
     enlarge(*((face, "restored") for face in flat))
 
 
@@ -802,7 +804,7 @@ def test_marks_change_nothing_else_of_a_photograph_though_they_come_first(worksh
     for first in ((), [(Face(40, 40, 30, 0, 1), "restored")]):
         astronaut.save(path := workshop.folder / f"{len(first)}.png")
         workshop.enlarge(None, path, 1, False, False, False, 4, first)
-        decided.append(workshop.found[path][1:])
+        decided.append((workshop.found[path].times, workshop.found[path].reach))
     assert decided[0] == decided[1] and len(decided[0]) == 2
 
 
