@@ -507,10 +507,10 @@ def rescale(picture, factor):
 def reduce(picture, factor):
     """Reduce a blurred (H, W, 3) uint8 picture by a factor. The more grain that loses, the more is smoothed of what is
     left, which the networks take for wrinkles and stains."""
-    small = rescale(picture, factor)
+    small, gain = rescale(picture, factor), contrast(picture)[1]        # as the networks see it
     lost = cv2.absdiff(np.ascontiguousarray(picture), resize(small, *picture.shape[1::-1]))
-    grain = 1.48 * float(np.median(lost)) * factor - 1          # about its deviation now, beyond what JPEG does
-    return cv2.bilateralFilter(small, 5, min(40, 20 * grain), 1.2) if grain > 0 else small
+    grain = 1.48 * float(np.median(lost)) * factor * gain - 1           # about its deviation, beyond what JPEG does
+    return cv2.bilateralFilter(small, 5, min(40, 20 * grain) / gain, 1.2) if grain > 0 else small
 
 
 def contrast(picture):
