@@ -194,8 +194,8 @@ def split_files(train_dirs, val_dir=None):
     """List the training and the validation files of some folders; they never share a file.
     With `val_dir`, its pictures validate and all others train. Without, FFHQ's own tree (`.../00000/00000.png`) gets
     its official split, ids below 60000 to train; in any other folder, and a part of FFHQ without ids of both kinds, a
-    checksum of the name chooses about one file in twenty to validate, so that adding files never moves one. FFHQ's own
-    tree loses the faces of TESTED; elsewhere, a warning."""
+    checksum of the name chooses about one file in twenty, so that adding files never moves one. TESTED faces are left
+    out; of other folders than FFHQ's own, where twenty or more files are called like them, with a warning."""
     def in_ffhq(path):
         return re.fullmatch(r"(\d\d)000/\1\d{3}", f"{path.parent.name}/{path.stem}")
 
@@ -206,7 +206,8 @@ def split_files(train_dirs, val_dir=None):
         tested = set(TESTED.read_text().split())
         found = [path for path in find_images(folder) if path.stem not in tested or not in_ffhq(path)]
         if (named := sum(path.stem in tested for path in found)) >= 20:     # some are in every numbered folder
-            print(f"warning: {folder}: {named} names are in {TESTED.name}: never train on test faces", file=sys.stderr)
+            print(f"warning: {folder}: {named} names are in {TESTED.name}: test faces, left out", file=sys.stderr)
+            found = [path for path in found if path.stem not in tested]
         if not found:
             raise DataError(f"{folder}: no pictures found ({', '.join(SUFFIXES)}), in no subfolder")
         return found
@@ -505,8 +506,7 @@ def rescale(picture, factor):
 
 
 def reduce(picture, factor):
-    """Reduce a blurred (H, W, 3) uint8 picture by a factor. The more grain that loses, the more is smoothed of what is
-    left, which the networks take for wrinkles and stains."""
+    """Reduce a blurred (H, W, 3) uint8 picture by a factor; smooth what is left of grain, told by what that loses."""
     small, gain = rescale(picture, factor), contrast(picture)[1]        # as the networks see it
     lost = cv2.absdiff(np.ascontiguousarray(picture), resize(small, *picture.shape[1::-1]))
     grain = 1.48 * float(np.median(lost)) * factor * gain - 1           # about its deviation, beyond what JPEG does

@@ -111,11 +111,6 @@ def lattice_loss(sr, hr, period=4, window=8):
     return F.avg_pool2d(pattern, min(window, *pattern.shape[2:]), window // 2).square().mean()
 
 
-def total_variation(picture):
-    """Mean absolute difference of neighbours, down plus across."""
-    return picture.diff(dim=2).abs().mean() + picture.diff(dim=3).abs().mean()
-
-
 def adversarial_loss(fake_logits):
     """-log D(G(lr)) of equation 6, from logits: its gradient does not vanish while D is winning."""
     return F.softplus(-fake_logits).mean()
@@ -148,7 +143,6 @@ class GeneratorLoss(nn.Module):
         "vgg": Term("relative VGG distance", 0.02, False,
                     lambda loss, sr, hr, d: vgg_distance(loss.features, sr, hr)),
         "adversarial": Term("adversarial loss", 3e-3, False, lambda loss, sr, hr, d: adversarial_loss(d(sr))),
-        "tv": Term("total variation", 0.0, True, lambda loss, sr, hr, d: total_variation(sr)),
         "lattice": Term("regular pattern", 40.0, False,
                         lambda loss, sr, hr, d: lattice_loss(sr, hr, loss.period))}
 
@@ -191,7 +185,8 @@ def load_lpips():
     function of two (H, W, 3) uint8 pictures, nan for those smaller than 32. Raises LossError."""
     try:
         from lpips import LPIPS as Lpips
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             network = Lpips(net="alex", verbose=False).eval()
     except ImportError:
         raise LossError("--lpips needs a package that is no requirement: pip install lpips") from None
@@ -252,7 +247,8 @@ def plot_comparison(path, rows, note=""):
                 figure.text(x, 1 - (top - caption) / height, title, fontsize=sizes[1], weight="bold", **font)
     figure.text(0.5, 5 / height, note, fontsize=8, **font)
     figure.figimage(canvas)
-    with warnings.catch_warnings(action="ignore"):      # a name in a script without font
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # a name in a script without font
         write_atomically(path, lambda file: figure.savefig(
             file, format="png", dpi=110, metadata={"Software": MARK.decode()},
             pil_kwargs={"compress_level": 1, "compress_type": 3}))      # run lengths: fast, and no larger
@@ -405,10 +401,10 @@ def photo_sentence(picture, sr):
     """Say what was done with the faces of a photograph, and where they keep it small."""
     patches, factor = picture.patches, len(sr) // len(picture.lr)
     numbers = Counter(patch.action for patch in patches)
-    doubtful = ", ".join(str(number) for number, patch in enumerate(patches, 1) if patch.doubtful)
+    doubtful = [str(number) for number, patch in enumerate(patches, 1) if patch.doubtful]
     tiny = sum(patch.action == "restored" and len(patch.lr) < TINY for patch in patches)
     parts = [f"{numbers['restored']} restored" + f" ({tiny} of them mostly invented)" * bool(tiny)] * bool(patches)
-    parts += [f"look closely at {doubtful} (doubtful)"] * bool(doubtful)
+    parts += [f"look closely at face{'s' * (len(doubtful) > 1)} {' and '.join(doubtful)} (doubtful)"] * bool(doubtful)
     words = {"sharp": "left as is (sharp already)", "left": "left as is (as asked)", "small": "too small"}
     parts += [f"{numbers[action]} {text}" for action, text in words.items() if numbers[action]]
     usual = picture.found.times if picture.marked else enlargement(picture.lr, None, patches)

@@ -1,6 +1,6 @@
 """Train a face SRGAN: SRResNet on the pixel loss first, then SRGAN from it.
 
-    python train.py --dry-run                                   # the whole line in seconds
+    python train.py --dry-run                                   # both stages in seconds, without VGG
     python train.py --train-dir thumbnails128x128               # both stages
     python train.py --output runs --resume                      # go on after any interruption
     torchrun --nproc-per-node 2 train.py --train-dir ...        # several processes
@@ -300,10 +300,10 @@ class Stage:
                    for name, term in GeneratorLoss.TERMS.items() if term.both or self.gan}
         if features is None:
             weights.pop("vgg", None)
-        if not any(weight for name, weight in weights.items() if name != "tv"):     # SRGAN alone does without pixels
+        if not any(weights.values()):       # SRGAN alone does without pixels
             weights["pixel"] = 1.0
             if self.main_process:
-                print(f"{self.name}: no loss with a target is left, so the mean squared error counts 1")
+                print(f"{self.name}: no loss is left, so the mean squared error counts 1")
         self.criterion = GeneratorLoss(features, args.scale, **weights)
         if args.compile:
             for module in (self.generator, self.discriminator, self.criterion):
@@ -575,7 +575,7 @@ def main(args):
                 if dist.is_initialized():
                     dist.barrier()      # the next stage reads what this one's main process writes
     if main_process:
-        print(f"done: {'the whole line works' if args.dry_run else args.output}")
+        print(f"done: {'both stages work' if args.dry_run else args.output}")
 
 
 def run_stage(stage, stop):
@@ -630,7 +630,7 @@ def parse_arguments(argv=None):
     add("--output", type=Path, metavar="DIR", help="for checkpoints, state and log (default: runs; "
         "with --dry-run a temporary folder)")
     add("--resume", action="store_true", help="go on with the training in --output, with its flags")
-    add("--dry-run", action="store_true", help="prove the whole line, but for VGG, on generated faces, in seconds")
+    add("--dry-run", action="store_true", help="try both stages, but for VGG, on generated faces, in seconds")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")

@@ -20,7 +20,6 @@ from loss import (
     plot_comparison,
     psnr,
     score,
-    total_variation,
     vgg_distance,
 )
 from model import Discriminator, Generator
@@ -44,10 +43,10 @@ def test_every_term_moves_every_part_of_the_generator(term, vgg_file):
 def test_total_is_the_weighted_sum(vgg_file):
     torch.manual_seed(0)
     sr, hr, logits = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), torch.tensor([1.0, -2.0])
-    criterion = GeneratorLoss(VGGFeatures("conv2_2", vgg_file), pixel=2, vgg=0.5, adversarial=1e-3, tv=0.1)
+    criterion = GeneratorLoss(VGGFeatures("conv2_2", vgg_file), pixel=2, vgg=0.5, adversarial=1e-3, lattice=0.1)
     total, terms = criterion(sr, hr, lambda picture: logits if picture is sr else None)
-    assert set(terms) == {"pixel", "vgg", "adversarial", "tv"}
-    expected = 2 * terms["pixel"] + 0.5 * terms["vgg"] + 1e-3 * terms["adversarial"] + 0.1 * terms["tv"]
+    assert set(terms) == {"pixel", "vgg", "adversarial", "lattice"}
+    expected = 2 * terms["pixel"] + 0.5 * terms["vgg"] + 1e-3 * terms["adversarial"] + 0.1 * terms["lattice"]
     assert total.item() == pytest.approx(expected.item())
     assert terms["pixel"].item() == pytest.approx(((sr - hr) ** 2).mean().item())
     with pytest.raises(TypeError, match="pixels"):
@@ -128,12 +127,6 @@ def test_lattice_loss_sees_the_pattern_and_no_texture():
     assert lattice_loss(hr + noise, hr) < 0.05 * lattice_loss(hr + lattice, hr)
     assert lattice_loss(hr + 0.1, hr) < 1e-9            # a change of colour is no pattern
     assert lattice_loss(hr + lattice, hr, period=8) > 0.5 * lattice_loss(hr + lattice, hr)
-
-
-def test_total_variation():
-    stripes = torch.zeros(1, 1, 4, 4)
-    stripes[..., ::2] = 0.5
-    assert total_variation(stripes).item() == pytest.approx(0.5)
 
 
 def test_psnr_and_ssim_by_hand():

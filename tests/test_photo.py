@@ -505,7 +505,7 @@ def test_a_result_that_is_hardly_a_face_is_called_doubtful(portraits, generator,
             _, [left] = restore(generator, photo, marked=[(patch.face, "left")])
         assert patch.doubtful and not left.doubtful
         picture = Picture("a", None, photo, patches=[patch])
-        assert "1 face, 1 restored, look closely at 1 (doubtful)" in loss.photo_sentence(picture, sr)
+        assert "1 face, 1 restored, look closely at face 1 (doubtful)" in loss.photo_sentence(picture, sr)
         assert loss.photo_table(picture)[0][-3:] == ("restored", "1", 1)
         assert loss.captioned_pairs(picture, sr, "a")[0][1].endswith(", restored, doubtful")
         assert loss.photo_rows(picture, sr)[0][3][2] == "restored, doubtful"

@@ -39,8 +39,6 @@ def flags(faces, vgg_file, tmp_path, monkeypatch):
         "conv2_2",
         "--output",
         str(tmp_path / "out"),
-        "--tv-weight",
-        "1e-6",
     ]
 
 
@@ -288,8 +286,7 @@ def test_both_networks_learn_in_a_gan_step(stage):
         for key, parameter in network.named_parameters():
             assert not torch.equal(parameter, old[key]), (name, key)
             assert parameter.requires_grad
-    assert set(srgan.losses()) == {"pixel", "vgg", "adversarial", "tv", "lattice", "discriminator", "d_real",
-                                   "d_fake"}
+    assert set(srgan.losses()) == {"pixel", "vgg", "adversarial", "lattice", "discriminator", "d_real", "d_fake"}
 
 
 def test_a_loss_and_a_kernel_are_added_in_one_place_each(stage, monkeypatch):
@@ -311,10 +308,7 @@ def test_a_loss_and_a_kernel_are_added_in_one_place_each(stage, monkeypatch):
     for name in ("srresnet", "srgan"):
         assert stage(name).criterion.weights["absolute"] == 0.5
         assert stage(name, "--absolute-weight", "2", "--pixel-weight", "0").criterion.weights["absolute"] == 2
-    assert stage("srresnet", "--pixel-weight", "0", "--absolute-weight", "0", "--tv-weight", "0").criterion.weights == {
-        "pixel": 1}  # never none at all, nor one without a target
-    assert stage("srresnet", "--pixel-weight", "0", "--absolute-weight", "0", "--tv-weight", "1e-8").criterion.weights == {
-        "pixel": 1, "tv": 1e-8}
+    assert stage("srresnet", "--pixel-weight", "0", "--absolute-weight", "0").criterion.weights == {"pixel": 1}  # never none
     lr = data_loader.degrade(torch.rand(8, 3, 32, 32), 4, np.random.default_rng(0))
     assert np.array_equal(wild, [data_loader.simulate(face, 4, damage="wild")[0] for face in faces])     # as scores do
     data_loader._degradation_tables.cache_clear()
@@ -459,9 +453,9 @@ def test_a_full_disk_is_one_sentence_that_names_the_file(flags, tmp_path):
 
 
 def test_curves_of_a_training_that_got_another_loss_on_the_way(tmp_path):
-    """As --resume --tv-weight does; before, there was none."""
+    """As --resume with the weight of a loss that was 0 before."""
     line = dict(stage="srresnet", step=2, psnr=20, psnr_bicubic=19, train={"pixel": 0.1})
-    lines = [line, line | dict(step=4, vgg=0.2, train={"pixel": 0.1, "tv": 0.3})]
+    lines = [line, line | dict(step=4, vgg=0.2, train={"pixel": 0.1, "absolute": 0.3})]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     train.plot_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
