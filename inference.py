@@ -205,7 +205,7 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 #show {grid-area: 1 / 2 / 4} #status {min-height: 3em} #cancel:disabled {display: none} .or {color: inherit !important}
 #compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: min(450px, 84vw) !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
-#faces .grid-container button {aspect-ratio: 1.75; padding-bottom: 3em} #compare.fullscreen img {height: 96vh!important}
+#faces .grid-container button {aspect-ratio: 1.6; padding-bottom: 3em} #compare.fullscreen img {height: 96vh!important}
 #pairs .grid-container button {aspect-ratio: 1.5; padding-bottom: 3.6em} #compare.fullscreen {height: 100% !important}
 :is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: none !important}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}

@@ -610,7 +610,7 @@ def test_memory_for_a_large_picture(tiny_checkpoint, tmp_path):
 
 def read_image_size(path):
     """Of a picture too large for Pillow's patience."""
-    return tuple(int.from_bytes(path.read_bytes()[16 + 4 * i:20 + 4 * i]) for i in range(2))
+    return tuple(int.from_bytes(path.read_bytes()[16 + 4 * i:20 + 4 * i], "big") for i in range(2))
 
 
 def test_names_that_are_not_utf8(tmp_path, tiny_checkpoint):
