@@ -184,8 +184,8 @@ of many faces that fit, no evidence of who somebody is. Never identify anyone by
 EXAMPLE = "An example: an astronaut from {0} x {0} pixels. Give a picture of your own to see it here instead."
 DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
 WORDS = f"""
-- **Restored, sharp, small, left**: what was done with a face. *Shows 32*: as much as 32 sharp pixels. *0.5*: its strength.
-  *Mostly invented*: below {TINY} pixels, another person may come out. *Doubtful*: hardly a face, to the face detector.
+- **Restored, sharp, small, left**: what was done with a face. *Shows 32*: as 32 sharp pixels do. *0.5*: its strength.
+  *Mostly invented*: below {TINY} pixels, another person may come out. *Doubtful* (red): hardly a face, to the detector.
 - **PSNR** (decibels), **SSIM** (at most 1): how near a result is to the truth. Sharp ones often have less."""
 LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"
 STAMP = "(...args) => (args[9] = Date.now(), args)"      # requests may overtake each other: the last wish counts

@@ -321,14 +321,15 @@ def fit(picture, side):
     return cv2.resize(picture, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA) if factor < 1 else picture
 
 
-def aimed(picture, face, found=()):
-    """Show what is pointed at in an (H, W, 3) uint8 photograph: it, of at most AIMED pixels a side, with numbered
-    frames around the faces found and one of another colour around a Face, or None."""
-    shown = fit(picture, AIMED).copy()
+def aimed(picture, face, found=(), patches=()):
+    """Show an (H, W, 3) uint8 photograph, reduced to AIMED pixels a side, with numbered frames around the faces found,
+    red if their patches say that they are doubtful, and a blue one around a Face that is pointed at, or None."""
+    shown, doubtful = fit(picture, AIMED).copy(), [patch.face for patch in patches if patch.doubtful]
     factor = len(shown) / len(picture)
     for other in filter(None, [*found, face]):
-        number, ink = str(found.index(other) + 1) if other in found else "", [(0, 255, 255)] * (other == face)
-        frame(shown, *(round(length * factor) for length in other.square(*picture.shape[:2])), number, *ink)
+        ink = [(0, 255, 255)] * (other == face) or [(255, 70, 50)] * (other in doubtful)
+        frame(shown, *(round(length * factor) for length in other.square(*picture.shape[:2])),
+              str(found.index(other) + 1) if other in found else "", *ink)
     return shown
 
 
@@ -376,7 +377,7 @@ def captioned_pairs(picture, sr, name=""):
         doubts = ", doubtful" * patch.doubtful + ", perhaps no face" * (patch.face.score < DETECTION_SCORE)
         caption = f"{name}{number}: {patch.side} pixels{shows}, {outcome(patch)}{strength}{doubts}"
         pairs.append((np.hstack(pair), caption))
-    overview = aimed(picture.lr, None, [patch.face for patch in picture.patches])
+    overview = aimed(picture.lr, None, [patch.face for patch in picture.patches], picture.patches)
     return [(overview, f"{name}the photograph")] * (len(pairs) > bool(name)) + pairs
 
 
@@ -388,7 +389,7 @@ def photo_rows(picture, sr):
               ("after", after, outcome(patch) + ", doubtful" * patch.doubtful)]
              for number, (patch, (before, after)) in enumerate(zip(picture.patches[:most], face_pairs(picture, sr)), 1)]
     rows = [sum(faces[i:i + across], []) for i in range(0, len(faces), across)] or [[]]
-    overview = aimed(picture.lr, None, [patch.face for patch in picture.patches[:most]])
+    overview = aimed(picture.lr, None, [patch.face for patch in picture.patches[:most]], picture.patches)
     first = ("photograph", overview, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"
              + f", {len(faces)} of {len(picture.patches)} faces" * (len(faces) < len(picture.patches)))
     result = "result", fit(sr, AIMED), f"{'result, ' * (len(rows) > 1)}{sr.shape[1]}x{sr.shape[0]}"

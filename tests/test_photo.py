@@ -509,6 +509,9 @@ def test_a_result_that_is_hardly_a_face_is_called_doubtful(portraits, generator,
         assert loss.photo_table(picture)[0][-3:] == ("restored", "1", 1)
         assert loss.captioned_pairs(picture, sr, "a")[0][1].endswith(", restored, doubtful")
         assert loss.photo_rows(picture, sr)[0][3][2] == "restored, doubtful"
+        for number, overview in enumerate((loss.captioned_pairs(picture, sr)[0][0], loss.photo_rows(picture, sr)[0][0][1])):
+            assert (overview == (255, 70, 50)).all(-1).any(), number       # its frame is red
+        assert not (loss.photo_rows(replace(picture, patches=[left]), sr)[0][0][1] == (255, 70, 50)).all(-1).any()
 
 
 def test_a_face_has_a_strength_of_its_own(portraits):
