@@ -184,7 +184,7 @@ of many faces that fit, no evidence of who somebody is. Never identify anyone by
 EXAMPLE = "An example: an astronaut from {0} x {0} pixels. Give a picture of your own to see it here instead."
 DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
 WORDS = f"""
-- **Restored, sharp, small, left**: what was done with a face. *Shows 32*: as 32 sharp pixels do. *0.5*: its strength.
+- **Restored, sharp, small, left, failed**: what was done. *Shows 32*: as 32 sharp pixels do. *0.5*: its strength.
   *Mostly invented*: below {TINY} pixels, another person may come out. *Doubtful* (red): hardly a face, to the detector.
 - **PSNR** (decibels), **SSIM** (at most 1): how near a result is to the truth. Sharp ones often have less."""
 LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"

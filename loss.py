@@ -406,7 +406,8 @@ def photo_sentence(picture, sr):
     tiny = sum(patch.action == "restored" and len(patch.lr) < TINY for patch in patches)
     parts = [f"{numbers['restored']} restored" + f" ({tiny} of them mostly invented)" * bool(tiny)] * bool(patches)
     parts += [f"look closely at face{'s' * (len(doubtful) > 1)} {' and '.join(doubtful)} (doubtful)"] * bool(doubtful)
-    words = {"sharp": "left as is (sharp already)", "left": "left as is (as asked)", "small": "too small"}
+    words = {"sharp": "left as is (sharp already)", "left": "left as is (as asked)", "small": "too small",
+             "failed": "left as is (no face came out)"}
     parts += [f"{numbers[action]} {text}" for action, text in words.items() if numbers[action]]
     usual = picture.found.times if picture.marked else enlargement(picture.lr, None, patches)
     if factor == usual < enlargement(picture.lr):

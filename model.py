@@ -1,8 +1,5 @@
-"""The two networks of SRGAN, their file and device, and what they do with pictures and the faces in photographs.
-
-Generator and Discriminator follow Ledig et al. 2017 (arXiv:1609.04802), section 2.1 and figure 4. Tensors of pictures
-are RGB in [0, 1], (N, 3, H, W).
-"""
+"""The two networks of SRGAN (Ledig et al. 2017, arXiv:1609.04802, section 2.1 and figure 4), their file and device, and
+what they do with pictures and the faces in photographs. Tensors of pictures are RGB in [0, 1], (N, 3, H, W)."""
 import contextlib
 import copy
 import functools
@@ -26,9 +23,9 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from data_loader import (CERTAIN, SAME, Face, contrast, cut_face, face_score, find_faces, full_contrast, open_image,
-                         reduce, reduction_error, rescale, resize, to_tensor, to_uint8, turning, working_size,
-                         write_atomically, write_picture)
+from data_loader import (CERTAIN, HOPELESS, SAME, Face, contrast, cut_face, face_score, find_faces, full_contrast,
+                         open_image, reduce, reduction_error, rescale, resize, to_tensor, to_uint8, turning,
+                         working_size, write_atomically, write_picture)
 
 FORMAT = "face-srgan/1"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -72,8 +69,7 @@ class Generator(nn.Module):
 
     Args:
         scale: enlargement, 2, 4 or 8; one sub-pixel convolution per doubling.
-        blocks: residual blocks (the paper: 16).
-        channels: feature channels (the paper: 64).
+        blocks, channels: residual blocks and feature channels (the paper: 16 and 64).
         bicubic_residual: predict the difference to the bicubically enlarged input instead of the picture. Not in the
             paper; training starts at bicubic, not at noise, and colours cannot drift. False is the paper's network.
 
@@ -360,8 +356,7 @@ def select_device(name):
 
 
 def select_dtype(name, device):
-    """Turn one of PRECISIONS into a dtype; auto is bfloat16 where the hardware computes in it (CPUs with instructions
-    for it, GPUs of compute capability 8 and above), float16 on GPUs of 7, else float32."""
+    """Turn one of PRECISIONS into a dtype; auto is bfloat16 where the hardware computes in it, float16 on GPUs of 7."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -557,7 +552,7 @@ class Patch:
     side: int
     working_size: int
     given: int                          # pixels a side of lr, before it is tried in fewer
-    action: str                         # "restored"; left alone: "sharp", "small" (too small), "left" (as asked)
+    action: str                         # "restored"; left alone: "sharp", "small", "left" (as asked), "failed"
     lr: np.ndarray                      # upright, of the size that the network is given
     turn: float                         # degrees by which that took to turn it counterclockwise
     blurred: bool                       # and so restored
@@ -582,8 +577,8 @@ def make_patches(photo, found, factor, smallest=TINY, marked=()):
     """Decide what to do with each of the Faces `found` in an (H, W, 3) uint8 photograph, if the result is `factor`
     times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. What is
     `marked`, (Face, "restored", "left", or at what strength to restore it), replaces that Face, or else those with
-    their middle in its frame, and keeps its turn. A blurred face, or one that a JPEG has coarsened, is reduced first to
-    what it shows, and turned upright, as are small and coded ones; others by quarters, which loses nothing."""
+    their middle in its frame, and keeps its turn. A blurred or coded face is reduced first to what it shows, and turned
+    upright, as are small ones; others by quarters."""
     patches, faces = [], [(face, None) for face in found]
     for face, wish in marked:
         meant = [other == face for other, _ in faces]
@@ -619,8 +614,7 @@ def make_patches(photo, found, factor, smallest=TINY, marked=()):
 
 
 def add_grain(sr, part, share=1, top=0, left=0, side=0, amount=GRAIN):
-    """Lay over a result what it lost of its source, (H, W, 3) uint8: if that was reduced to a share first, what is lost
-    everywhere in the square of the face, not at edges alone; else, what the network smoothed away."""
+    """Lay over a result what its source lost: by reducing to a share, all over a face's square, or by smoothing."""
     again = resize(rescale(part, share) if share < 1 else sr, *part.shape[1::-1])
     grain = cv2.subtract(part, again, dtype=cv2.CV_16S)
     most = int(4 * np.median(np.abs(grain[top:top + side:4, left:left + side:4]))) if share < 1 else 255    # 2.7 sd
@@ -680,7 +674,8 @@ def restore_surroundings(generator, photo, patch, canvas, factor, most):
 
 def enlarge_background(generator, picture):
     """Enlarge a photograph with the network; by bicubic if grain would become worms, or all is as blurred as a face."""
-    share = max((len(p.lr) / p.side if p.blurred else 1 for p in picture.patches if p.action != "left"), default=1)
+    share = max((len(p.lr) / p.side if p.blurred else 1 for p in picture.patches
+                 if p.action not in ("left", "failed")), default=1)
     photo = full_contrast(picture.lr)
     again = resize(rescale(photo, share), *photo.shape[1::-1])
     if share < 1 and reduction_error(photo, again) < max(SAME, reduction_error(photo, again, 1)):
@@ -741,10 +736,15 @@ def restore_photos(networks, photos, batch_size, strength=1, factor=None, backgr
             networks.tell(f", face {number} of {len(blurred)}")
             restore_surroundings(mild(), photo, patch, canvas, times, found.reach)
         for patch in sorted(patches, key=lambda patch: -patch.side):    # small ones over large ones
-            if (painted or blurred) and patch.action in ("sharp", "left"):
+            if (painted or blurred) and patch.action in ("sharp", "left", "failed"):
                 patch.sr = rescale(patch.lr, times)
             if patch.sr is not None:
                 paste_face(patch, canvas, photo)
+        asked, failed = {(face.x, face.y, face.size) for face, _ in picture.marked}, []
         for patch in restored:
-            patch.doubtful = face_score(canvas, patch.face, times) < CERTAIN
-        yield picture, canvas
+            score, face = face_score(canvas, patch.face, times), patch.face
+            patch.doubtful = score < CERTAIN
+            failed += [(face, "failed")] * (score < HOPELESS and (face.x, face.y, face.size) not in asked)
+        picture.marked = [*picture.marked, *failed]         # better as they were: once more, without them
+        again = (networks, [picture], batch_size, strength, factor, background)
+        yield from restore_photos(*again) if failed else [(picture, canvas)]
