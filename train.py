@@ -679,6 +679,7 @@ def parse_arguments(argv=None):
             raise TrainingError(f"{args.output} holds no {STATE}, so there is nothing to --resume")
         stored = read_state(args.output / STATE)["args"] | {"output": args.output, "resume": True}
         known = {action.dest: action for action in parser._actions}
+        stored = {name: value for name, value in stored.items() if name in known or value != 0}     # a loss now gone
         if not all(name in known and fits(known[name], value) for name, value in stored.items()):
             raise TrainingError(UNFIT.format(args.output / STATE))
         parser.set_defaults(**stored)
