@@ -515,9 +515,9 @@ def upscale_pictures(generator, pictures, batch_size, tiny=None, vivid=None):
 
 def write_result(picture, sr):
     """Write the picture of a result, with the alpha channel enlarged beside it, unless somebody else has made it."""
-    alpha = [] if picture.alpha is None else [rescale(picture.alpha, len(sr) // len(picture.lr))]
     if picture.sr is None:
-        write_picture(picture.output, np.dstack([sr, *alpha]), picture.extras)
+        alpha = [] if picture.alpha is None else [rescale(picture.alpha, len(sr) // len(picture.lr))]
+        write_picture(picture.output, np.dstack([sr, *alpha]) if alpha else sr, picture.extras)
 
 
 def write_results(results):
@@ -614,7 +614,7 @@ def make_patches(photo, found, factor, smallest=TINY, marked=()):
 
 
 def add_grain(sr, part, share=1, top=0, left=0, side=0, amount=GRAIN):
-    """Lay over a result what its source lost: by reducing to a share, all over a face's square, or by smoothing."""
+    """Lay over a result what `part`, its source, lost by reducing to a share, all over a face's square, or in it."""
     again = resize(rescale(part, share) if share < 1 else sr, *part.shape[1::-1])
     grain = cv2.subtract(part, again, dtype=cv2.CV_16S)
     most = int(4 * np.median(np.abs(grain[top:top + side:4, left:left + side:4]))) if share < 1 else 255    # 2.7 sd
