@@ -522,9 +522,9 @@ def contrast(picture):
     return (low, 255 / max(high - low, 8)) if faded else (0, 1)
 
 
-def full_contrast(picture):
-    """Bring a faded or dark (H, W, 3) uint8 picture to the full range of levels; others stay."""
-    offset, gain = contrast(picture)
+def full_contrast(picture, like=None):
+    """Bring a faded or dark (H, W, 3) uint8 picture, or one of the levels of `like`, to the full range; others stay."""
+    offset, gain = contrast(picture if like is None else like)
     return picture if gain == 1 else ((np.arange(256) - offset) * gain).clip(0, 255).astype(np.uint8)[picture]
 
 

@@ -32,9 +32,9 @@ from data_loader import (DAMAGES, FACE_SIZE, KERNELS, DataError, choose_output, 
 from loss import (FACES, FRAME, STUDY_KEYS, STUDY_STYLE, LossError, Study, added_detail, aimed, build_study,
                   captioned_pairs, compare, fit, load_lpips, photo_rows, photo_sentence, photo_table, plot_comparison,
                   pointed, report, report_study, result_sentence, sample_faces, write_csv)
-from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Found, Networks, Picture,
-                   enlargement, locked, photo_suffix, read_extras, restore_photos, select_device, shown_share,
-                   upscale_pictures, upscale_reduced, write_result, write_results)
+from model import (CUDA_FULL, INVENTED, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Found,
+                   Networks, Picture, enlargement, locked, photo_suffix, read_extras, restore_photos, select_device,
+                   shown_share, upscale_pictures, upscale_reduced, write_result, write_results)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 SHOWN, RESULT_LIMIT = 12, 400_000_000       # pictures in the figure; pixels of a result, each some 8 bytes, of noise 13
@@ -88,11 +88,12 @@ def read_pictures(args, files, scale, taken, failed):
             if hint not in told:        # before it takes its time; once is enough
                 told.append(hint)
                 tqdm.write(f"hint: {name} has {hint}")
-            faces = find_faces(lr) if args.leave else None
-            if not all(0 < number <= len(faces) for number in args.leave):
-                raise DataError(f"{path}: --leave takes numbers of the {len(faces)} faces found, from 1 on")
-            left, share = [(faces[n - 1], "left") for n in args.leave], 1 if given else shown_share(lr)
-            yield Picture(name, output, lr, alpha, hr, sr, share, Found(faces), marked=left, extras=read_extras(path))
+            wishes = [(n, "left") for n in args.leave] + [(n, "restored") for n in args.restore]
+            faces, share = find_faces(lr) if wishes else None, 1 if given else shown_share(lr)
+            if not all(0 < number <= len(faces) for number, _ in wishes):
+                raise DataError(f"{path}: --leave and --restore take numbers from 1 to {len(faces)}, the faces found")
+            marked = [(faces[number - 1], wish) for number, wish in wishes]
+            yield Picture(name, output, lr, alpha, hr, sr, share, Found(faces), marked=marked, extras=read_extras(path))
         except (DataError, OSError, MemoryError) as error:
             reason = str(error) or "not enough memory"
             failed(reason if str(path) in reason else f"{path}: {reason}")
@@ -185,7 +186,7 @@ EXAMPLE = "An example: an astronaut from {0} x {0} pixels. Give a picture of you
 DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
 WORDS = f"""
 - **Restored, sharp, small, left, failed**: what was done. *Shows 32*: as 32 sharp pixels do. *0.5*: its strength.
-  *Mostly invented*: below {TINY} pixels, another person may come out. *Doubtful* (red): hardly a face, to the detector.
+  *Mostly invented*: below {INVENTED} pixels, another person may come out. *Doubtful* (red): hardly like a face.
 - **PSNR** (decibels), **SSIM** (at most 1): how near a result is to the truth. Sharp ones often have less."""
 LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"
 STAMP = "(...args) => (args[9] = Date.now(), args)"      # requests may overtake each other: the last wish counts
@@ -210,10 +211,11 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
 :is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: none !important}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
 @media (max-width: 700px) {
-    #work {display: flex} #show {display: contents} #give {order: -2} #status {order: -1; min-height: 4.8em}
-    #status p {font-size: .85em} :is(#faces, #missed) {order: 1} #rest {order: 2}
+    #work {display: flex} #show {display: contents} #give {order: -2} #status {order: -1; min-height: 3.6em}
+    #status p, #intro p {font-size: .85em} #intro h1 {font-size: 1.4em; margin: 0} #rest {order: 2}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
-    #photo {height: 140px !important; min-height: 0 !important} #faces .grid-wrap {max-height: 45vh !important}
+    #photo {height: 120px !important; min-height: 0 !important} #faces .grid-wrap {max-height: 45vh !important}
+    :is(#faces, #missed) {order: 1}
     #cancel:enabled {position: fixed; bottom: 1em; right: 1em; z-index: 9; box-shadow: 0 0 9px #0008}
     #compare:not(.fullscreen) {height: calc(84vw + 30px) !important} .caption-label {font-size: 10px !important}}"""
 KEYS = """<script>      // what Gradio's slider, which knows the mouse alone, lacks; alternative texts
@@ -221,8 +223,7 @@ document.addEventListener("keydown", event => {
     if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, textarea")) return;
     const line = event.target.closest("[data-testid=slider]");
     const step = {ArrowLeft: -16, ArrowRight: 16, Home: -1e4, End: 1e4}[event.key];
-    if (line && step) {
-        const {x, y, width} = line.getBoundingClientRect(), centre = x + width / 2;
+    if (line && step) { const {x, y, width} = line.getBoundingClientRect(), centre = x + width / 2;
         const image = line.closest("#compare").querySelector("img"), box = image.getBoundingClientRect();
         const half = Math.min(box.width, box.height * image.naturalWidth / image.naturalHeight) / 2;
         const middle = box.left + box.width / 2, end = Math.min(Math.max(centre + step, middle - half), middle + half);
@@ -406,7 +407,7 @@ class Workshop:
                     pairs += [(str(picture.output), path.name), *captioned_pairs(picture, sr, path.name)]
                     faces += photo_table(picture)
                     notes += [f"{path.name}: {photo_sentence(picture, sr)}"] * photo
-                    notes += [f"{path.name}: mostly invented"] * (not photo and max(picture.lr.shape) < TINY)
+                    notes += [f"{path.name}: mostly invented"] * (not photo and max(picture.lr.shape) < INVENTED)
                 except (CancelledError, DataError, OSError) as error:
                     notes.append(str(error) or f"{path.name}: not done")
             done = len(pack.namelist())
@@ -558,7 +559,7 @@ def build_app(workshop, study):
     examples = {n: path for path, _, n in reversed(tries.values())}        # the first of each enlargement
     first = workshop.enlarge(None, Path(examples[workshop.scale]), workshop.args.strength, *[False] * 3, workshop.scale)
     with gr.Blocks(title="Face SRGAN", analytics_enabled=False) as app:
-        gr.Markdown(INTRODUCTION)
+        gr.Markdown(INTRODUCTION, elem_id="intro")
         with gr.Tab("Upscale"), gr.Column(elem_id="work"):
             with gr.Column(elem_id="give"):
                 photo = gr.Image(type="filepath", image_mode=None, format="png", label="Your picture", height=260,
@@ -694,6 +695,7 @@ def parse_arguments(argv=None):
     add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
     add("--photo", action="store_true", help="the inputs are photographs: find and restore their faces")
     add("--leave", type=int, nargs="+", default=[], metavar="N", help="numbers of faces to leave as they are")
+    add("--restore", type=int, nargs="+", default=[], metavar="N", help="numbers of faces to restore in any case")
     add("--enlarge", type=int, choices=[1, 2, 4], help="of a photograph [4 up to 1 megapixel, 2 up to 4, else 1]")
     add("--background", choices=["network", "bicubic"], help="for the rest of a photograph [network if it is quick]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
@@ -710,11 +712,10 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     args.checkpoint = args.checkpoint or CHECKPOINT.with_name(f"srgan_x{args.scale or 4}.pth")
     for wrong, sentence in (
-            (args.photo and (not args.inputs or args.hr or args.simulate or args.added or args.as_is),
-             "--photo needs INPUT, and does not go with --simulate, --hr, --added or --as-is"),
-            (args.scale and args.photo, "--photo chooses the enlargement of each face itself: leave out --scale"),
-            ((args.enlarge or args.background or args.leave) and not args.photo,
-             "--enlarge, --background and --leave need --photo"),
+            (args.photo and (not args.inputs or args.hr or args.simulate or args.added or args.as_is or args.scale),
+             "--photo needs INPUT, and does not go with --scale, --simulate, --hr, --added or --as-is"),
+            ((args.enlarge or args.background or args.leave or args.restore) and not args.photo,
+             "--enlarge, --background, --leave and --restore need --photo"),
             (args.inputs and not args.simulate and not args.hr and (args.lpips or args.kernel != "bicubic"
              or args.damage != "none"), "--lpips, --kernel and --damage need --simulate or --hr"),
             (args.added and not args.strength, "--added shows the difference to --strength 0: leave that out"),

@@ -27,9 +27,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data_loader import (DETECTION_SCORE, MARK, DataError, Face, choose_output, cut_face, find_images, is_result,
-                         printable, read_image, rescale, resize, simulate, square_face, to_tensor, write_atomically)
-from model import CLEAR, DETAIL, TINY, CheckpointError, enlargement, load_plain, upscale
+from data_loader import (DETECTION_SCORE, MARK, DataError, Face, choose_output, contrast, cut_face, find_images,
+                         full_contrast, is_result, printable, read_image, rescale, resize, simulate, square_face,
+                         to_tensor, write_atomically, write_picture)
+from model import CLEAR, INVENTED, CheckpointError, enlargement, load_plain, upscale
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is how many layers of
 # torchvision's vgg19().features lead there.
@@ -217,7 +218,8 @@ def plot_comparison(path, rows, note=""):
     """Draw pictures side by side: a list of rows, each a list of cells (title, (H, W, 3) uint8, note) or None, over
     which the cell before it and that above it may extend. More than four rows stand beside each other; a title is
     written once above its column; `note` at the foot."""
-    from matplotlib.figure import Figure                # slow to import, not always needed
+    from matplotlib.backends.backend_agg import FigureCanvasAgg     # slow to import, not always needed
+    from matplotlib.figure import Figure
     columns = max(map(len, rows))
     whole = len(rows) <= 4 or any(row[:1] == [None] for row in rows)      # the rows of a photograph stay together
     blocks = 1 if whole else max(1, 10 // columns)
@@ -226,7 +228,7 @@ def plot_comparison(path, rows, note=""):
     width = blocks * columns * (cell + gap) + (blocks - 1) * 4 * gap
     canvas = np.full((lines * (cell + caption) + 2 * caption, width, 3), 255, np.uint8)
     figure, height, font = Figure(dpi=110), len(canvas), dict(ha="center", va="bottom", parse_math=False)
-    figure.set_size_inches(width / 110, height / 110)
+    figure.set_size_inches((width + 0.5) / 110, (height + 0.5) / 110)
     for number, row in enumerate(rows):
         block, line = divmod(number, lines)
         top = line * (cell + caption) + 2 * caption
@@ -246,12 +248,11 @@ def plot_comparison(path, rows, note=""):
             if not line:
                 figure.text(x, 1 - (top - caption) / height, title, fontsize=sizes[1], weight="bold", **font)
     figure.text(0.5, 5 / height, note, fontsize=8, **font)
-    figure.figimage(canvas)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")     # a name in a script without font
-        write_atomically(path, lambda file: figure.savefig(
-            file, format="png", dpi=110, metadata={"Software": MARK.decode()},
-            pil_kwargs={"compress_level": 1, "compress_type": 3}))      # run lengths: fast, and no larger
+        written = FigureCanvasAgg(figure)
+        written.draw()
+    write_picture(path, np.minimum(canvas, np.asarray(written.buffer_rgba())[..., :3]))     # black on white, beside
 
 
 def sample_faces():
@@ -362,8 +363,8 @@ def outcome(patch):
     """Say what was done with a face of a photograph."""
     if patch.action != "restored":
         return patch.action
-    small, large = len(patch.lr) < TINY, len(patch.lr) >= CLEAR
-    return "mostly invented" if small else "restored (a little)" if large and patch.strength < 1 else "restored"
+    invented, large = len(patch.lr) < INVENTED, len(patch.lr) >= CLEAR
+    return "mostly invented" if invented else "restored (a little)" if large and patch.strength < 1 else "restored"
 
 
 def captioned_pairs(picture, sr, name=""):
@@ -372,7 +373,7 @@ def captioned_pairs(picture, sr, name=""):
     name = name and f"{shortened(name, 24)}, "
     pairs = []
     for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1):
-        shows = f", shows {len(patch.lr)}" * (len(patch.lr) < min(patch.side, DETAIL))
+        shows = f", shows {len(patch.lr)}" * (len(patch.lr) < patch.side)
         strength = f" at {patch.strength:g}" if patch.action == "restored" and patch.strength < 1 else ""
         doubts = ", doubtful" * patch.doubtful + ", perhaps no face" * (patch.face.score < DETECTION_SCORE)
         caption = f"{name}{number}: {patch.side} pixels{shows}, {outcome(patch)}{strength}{doubts}"
@@ -383,10 +384,11 @@ def captioned_pairs(picture, sr, name=""):
 
 def photo_rows(picture, sr):
     """Make a photograph's rows for `plot_comparison`: it with numbered frames, its result, if there is room, and its
-    faces before and after."""
+    faces before and after, at full contrast."""
     most, across = 12, 2 + (len(picture.patches) > 8)
-    faces = [[("before", before, f"{number}: {patch.side} pixels"),
-              ("after", after, outcome(patch) + ", doubtful" * patch.doubtful)]
+    faces = [[("before", full_contrast(before), f"{number}: {patch.side} pixels"
+               + ", brightened" * bool(contrast(before)[1] > 1)),
+              ("after", full_contrast(after, before), outcome(patch) + ", doubtful" * patch.doubtful)]
              for number, (patch, (before, after)) in enumerate(zip(picture.patches[:most], face_pairs(picture, sr)), 1)]
     rows = [sum(faces[i:i + across], []) for i in range(0, len(faces), across)] or [[]]
     overview = aimed(picture.lr, None, [patch.face for patch in picture.patches[:most]], picture.patches)
@@ -403,17 +405,17 @@ def photo_sentence(picture, sr):
     patches, factor = picture.patches, len(sr) // len(picture.lr)
     numbers = Counter(patch.action for patch in patches)
     doubtful = [str(number) for number, patch in enumerate(patches, 1) if patch.doubtful]
-    tiny = sum(patch.action == "restored" and len(patch.lr) < TINY for patch in patches)
-    parts = [f"{numbers['restored']} restored" + f" ({tiny} of them mostly invented)" * bool(tiny)] * bool(patches)
+    invented = sum(outcome(patch) == "mostly invented" for patch in patches)
+    parts = [f"{numbers['restored']} restored" + f" ({invented} of them mostly invented)" * bool(invented)]
     parts += [f"look closely at face{'s' * (len(doubtful) > 1)} {' and '.join(doubtful)} (doubtful)"] * bool(doubtful)
     words = {"sharp": "left as is (sharp already)", "left": "left as is (as asked)", "small": "too small",
              "failed": "left as is (no face came out)"}
     parts += [f"{numbers[action]} {text}" for action, text in words.items() if numbers[action]]
-    usual = picture.found.times if picture.marked else enlargement(picture.lr, None, patches)
-    if factor == usual < enlargement(picture.lr):
+    if factor == picture.found.times < enlargement(picture.lr):
         parts += [f"{f'enlarged {factor} times only' if factor > 1 else 'not enlarged'}, since the faces are blurred"]
     parts += ["nothing was changed" if factor == 1 else "only enlarged"] * (not numbers["restored"])
-    return ", ".join([f"{len(patches)} face{'s' * (len(patches) != 1)}" if patches else "no face found", *parts])
+    return ", ".join([f"{len(patches)} face{'s' * (len(patches) != 1)}", *parts] if patches else
+                     ["no face found", *parts[1:]])
 
 
 def result_sentence(picture, sr, photo, scores, suited):
@@ -421,7 +423,7 @@ def result_sentence(picture, sr, photo, scores, suited):
     one, line = not photo, "{1} x {0} → {3} x {2} pixels".format(*picture.lr.shape[:2], *sr.shape[:2])
     line += f"; {photo_sentence(picture, sr)} (a face missed? See below)" if photo else ""
     line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
-    line += "; mostly invented: another person may come out" * (one and max(picture.lr.shape) < TINY)
+    line += "; mostly invented: another person may come out" * (one and max(picture.lr.shape) < INVENTED)
     line += f"; for a face of this size, try {suited}x (under More)" * (one and len(sr) != suited * len(picture.lr))
     return line + ("; against the truth: PSNR {psnr:.2f} dB (bicubic {psnr_bicubic:.2f}), SSIM {ssim:.3f} (bicubic "
                    "{ssim_bicubic:.3f})".format(**scores) if scores else "")

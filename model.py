@@ -56,9 +56,8 @@ class ResidualBlock(nn.Sequential):
     """x + BN(Conv(PReLU(BN(Conv(x))))): the block of figure 4."""
 
     def __init__(self, channels):
-        super().__init__(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.PReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+        super().__init__(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.PReLU(),
+                         nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x):
         return x + super().forward(x)
@@ -162,9 +161,8 @@ class Discriminator(nn.Module):
             layers += [nn.BatchNorm2d(outputs)] * (i > 0) + [nn.LeakyReLU(0.2)]
             inputs = outputs
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(
-            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * inputs, 16 * channels),
-            nn.LeakyReLU(0.2), nn.Linear(16 * channels, 1))
+        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * inputs, 16 * channels),
+                                        nn.LeakyReLU(0.2), nn.Linear(16 * channels, 1))
 
     def forward(self, picture):                             # (N, 3, H, W)
         features = self.features(picture * 2 - 1)           # (N, 8C, H/16, W/16)
@@ -534,6 +532,7 @@ def write_results(results):
 # Faces in photographs -----------------------------------------------------------------------------
 
 TINY = 18                   # pixels: below, eight times gives the better face, 0.7 of the strength a better likeness
+INVENTED = 24               # pixels: of less, one face of ten, from JPEG 80 of three, is more like another person
 CLEAR, OWN = 76, 60         # pixels: from here on, half the strength is as good; what is smoothed away is laid back
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred

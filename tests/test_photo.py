@@ -688,20 +688,25 @@ def test_the_command_writes_the_picture_the_table_and_the_figure(portraits, tmp_
     call += ["--enlarge", "1"]
     assert inference.run(call) == 1
     assert np.array_equal(read_image(out / "sub" / "coffee.png")[0], skimage.data.coffee()[:200, :300])
-    # By its number a face is left as it was.
+    # By its number a face is left as it was, or restored.
     call[0] = str(tmp_path / "in" / "party.png")
     capsys.readouterr()
     assert inference.run([*call, "--leave", "1"]) == 0
     assert "1 left as is (as asked), nothing was changed" in capsys.readouterr().out
     assert np.array_equal(read_image(out / "party.png")[0], photo)
-    assert inference.run([*call, "--leave", "2", "3"]) == 2
-    assert "--leave takes numbers of the 2 faces found" in capsys.readouterr().err
+    assert inference.run([*call, "--restore", "2"]) == 0
+    assert [row[8] for row in csv.reader((out / "faces-2.csv").open())] == ["action", "sharp", "restored (a little)"]
+    assert not np.array_equal(read_image(out / "party.png")[0], photo)
+    capsys.readouterr()
+    for more in (["--leave", "2", "3"], ["--restore", "0"]):
+        assert inference.run([*call, *more]) == 2
+        assert "take numbers from 1 to 2, the faces found" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_sentence(tmp_path, capsys):
     for call in (["--photo"], ["a.png", "--photo", "--simulate"], ["a.png", "--photo", "--hr", "b"],
                  ["a.png", "--photo", "--added"], ["a.png", "--enlarge", "2"], ["a.png", "--background", "bicubic"],
-                 ["a.png", "--leave", "2"]):
+                 ["a.png", "--leave", "2"], ["a.png", "--restore", "2"], ["a.png", "--photo", "--scale", "8"]):
         assert inference.run([*call, "--output", str(tmp_path)]) == 2
         error = capsys.readouterr().err
         assert "--photo" in error and len(error.strip().splitlines()) == 1
@@ -771,6 +776,11 @@ def test_the_comparison_shows_the_photograph_its_result_and_its_faces(portraits,
     [row] = loss.photo_rows(picture, sr)
     assert [cell[0] for cell in row] == ["photograph", "result", "before", "after"] and row[1][2] == "400x320"
     assert np.array_equal(row[1][1], sr) and row[3][2] == "restored"
+    assert [loss.outcome(replace(picture.patches[0], lr=picture.patches[0].lr[:side])) for side in (23, 24)] == [
+        "mostly invented", "restored"]
+    dark = Picture("party", None, photo // 5, patches=picture.patches)
+    before, after = loss.photo_rows(dark, sr // 5)[0][2:]
+    assert "brightened" in before[2] and before[1].max() == 255 and after[1].mean() > 3 * sr.mean() / 5
     picture.patches = [replace(patch, lr=patch.lr[:16, :16]) for patch in picture.patches] * 5
     rows = loss.photo_rows(picture, sr)
     assert [row[0] and row[0][2] for row in rows] == ["party, 100x80", None, "result, 400x320"]
