@@ -532,7 +532,7 @@ def write_results(results):
 # Faces in photographs -----------------------------------------------------------------------------
 
 TINY = 18                   # pixels: below, eight times gives the better face, 0.7 of the strength a better likeness
-INVENTED = 24               # pixels: of less, one face of ten, from JPEG 80 of three, is more like another person
+INVENTED = 24               # pixels: of less, from a JPEG of 90, more than one face of ten is more like another person
 CLEAR, OWN = 76, 60         # pixels: from here on, half the strength is as good; what is smoothed away is laid back
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred

@@ -596,7 +596,7 @@ def test_a_large_picture_is_taken_for_a_photograph_unless_told(run, tmp_path, ca
 
 def test_memory_for_a_large_picture(tiny_checkpoint, tmp_path):
     """Beyond what the libraries take, at most 0.3 GB and 8 bytes for a pixel of the result; before, 16 and more."""
-    Image.linear_gradient("L").resize((1400, 1400)).convert("RGB").save(tmp_path / "large.jpg")
+    Image.linear_gradient("L").resize((1100, 1100)).convert("RGB").save(tmp_path / "large.jpg")
     code = (f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); import inference\n"
             "most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "before = most()\n"
@@ -604,8 +604,8 @@ def test_memory_for_a_large_picture(tiny_checkpoint, tmp_path):
             "print(status, most() - before)")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     status, most = map(int, done.stdout.split()[-2:])
-    assert status == 0 and most * 1024 < 0.3e9 + 8 * 5600**2, most
-    assert read_image_size(tmp_path / "results" / "large.png") == (5600, 5600)
+    assert status == 0 and most * 1024 < 0.3e9 + 8 * 4400**2, most
+    assert read_image_size(tmp_path / "results" / "large.png") == (4400, 4400)
 
 
 def read_image_size(path):

@@ -456,7 +456,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
         page.wait_for_timeout(100)
     page.get_by_role("button", name="Restore it").click()
     page.get_by_text("1 face, 1 restored").wait_for()
-    page.get_by_text("1: 18 pixels, restored").wait_for()
+    page.get_by_text("1: 18 pixels, mostly invented").wait_for()
     page.get_by_role("slider", name="of this face").wait_for()  # it is what one looks at now
     assert "selected" in page.locator("#faces button").nth(1).get_attribute("class")
     page.get_by_text("Leave as it was").click()
@@ -465,7 +465,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
         page.get_by_text("Undo face change").click()
         page.get_by_text(text).wait_for()
     page.get_by_role("button", name="Restore it").click()
-    page.get_by_text("1: 18 pixels, restored").wait_for()
+    page.get_by_text("1: 18 pixels, mostly invented").wait_for()
     page.locator("#faces button").nth(0).click()
     page.get_by_role("slider", name="of this face").wait_for(state="hidden")
     whole = slider_picture(page)
@@ -484,11 +484,11 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
         page.wait_for_timeout(100)
     assert ours.get_attribute("src") != shown and np.array_equal(slider_picture(page), close)
     own, usual = page.get_by_role("slider", name="of this face"), "at 0.95"
-    page.get_by_text(f"1: 18 pixels, restored {usual}").wait_for()
+    page.get_by_text(f"1: 18 pixels, mostly invented {usual}").wait_for()
     own.press("End")  # it has a knob of its own
-    page.get_by_text(re.compile("^1: 18 pixels, restored(, doubtful)?$")).wait_for()     # a face on a wall
+    page.get_by_text(re.compile("^1: 18 pixels, mostly invented(, doubtful)?$")).wait_for()     # a face on a wall
     page.get_by_text("Undo face change").click()
-    page.get_by_text(f"1: 18 pixels, restored {usual}").wait_for()
+    page.get_by_text(f"1: 18 pixels, mostly invented {usual}").wait_for()
     page.locator("#faces button").nth(0).click()
     assert np.array_equal(slider_picture(page, other_than=close), whole)
     own.wait_for(state="hidden")

@@ -96,7 +96,7 @@ def wait_for(process, condition):
 
 def test_killed_and_resumed_equals_uninterrupted(flags, tmp_path, monkeypatch, capsys):
     """SIGTERM in the first stage, kill -9 in the second, --resume each time: the same bits."""
-    rhythm = ["--pretrain-steps", "40", "--gan-steps", "40", "--val-every", "40", "--save-every", "4"]
+    rhythm = ["--pretrain-steps", "12", "--gan-steps", "24", "--val-every", "24", "--save-every", "4"]
     train.run([*flags, *rhythm, "--output", str(tmp_path / "whole")])
 
     parts, step = tmp_path / "parts", train.Stage.train_step
@@ -124,7 +124,7 @@ def test_killed_and_resumed_equals_uninterrupted(flags, tmp_path, monkeypatch, c
     wait_for(process, lambda: reached("srgan", 8))
     process.kill()
     process.communicate()
-    assert load_plain(state_file)["progress"]["step"] < 40
+    assert load_plain(state_file)["progress"]["step"] < 24
 
     train.run(["--resume", "--output", str(parts)])
     assert_equal(load_plain(tmp_path / "whole" / train.STATE), load_plain(state_file))
@@ -653,12 +653,13 @@ def test_compiled_networks_train_the_same(stage, monkeypatch):
 
 
 def test_without_a_compiler_one_sentence(tmp_path, monkeypatch):
+    """Of the smallest network, and without a discriminator: the compiler is looked for before anything is trained."""
     config = importlib.import_module("torch._inductor.config")
     monkeypatch.setattr(config.cpp, "cxx", ("/nonexistent/c++",))
     monkeypatch.setattr(config, "compile_threads", 1)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with pytest.raises(SystemExit, match="^train.py: the networks cannot be compiled"):
-        train.run(["--dry-run", "--compile", "--device", "cpu"])
+        train.run(["--dry-run", "--compile", "--device", "cpu", "--blocks", "1", "--channels", "1"])
 
 
 def test_a_missing_folder_is_said_before_vgg_is_looked_for(tmp_path, monkeypatch):
