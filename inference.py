@@ -29,19 +29,15 @@ from tqdm import tqdm
 
 from data_loader import (DAMAGES, FACE_SIZE, KERNELS, DataError, choose_output, find_faces, find_images, find_inputs,
                          is_result, open_image, printable, read_image, rescale, simulate, write_picture)
-from loss import (FACES, FRAME, STUDY_KEYS, STUDY_STYLE, LossError, Study, added_detail, aimed, build_study,
-                  captioned_pairs, compare, fit, load_lpips, photo_rows, photo_sentence, photo_table, plot_comparison,
-                  pointed, report, report_study, result_sentence, sample_faces, write_csv)
-from model import (CUDA_FULL, INVENTED, PRECISION_HELP, PRECISIONS, TINY, CheckpointError, DeviceError, Found,
-                   Networks, Picture, enlargement, locked, photo_suffix, read_extras, restore_photos, select_device,
-                   shown_share, upscale_pictures, upscale_reduced, write_result, write_results)
+from loss import (FACES, FRAME, STUDY_KEYS, STUDY_STYLE, Study, added_detail, aimed, build_study, captioned_pairs,
+                  compare, fit, load_lpips, photo_rows, photo_sentence, photo_table, plot_comparison, pointed, report,
+                  report_study, result_sentence, sample_faces, write_csv)
+from model import (CUDA_FULL, GENTLE, INVENTED, PRECISIONS, PRECISION_HELP, TINY, CheckpointError, Found, Networks,
+                   Picture, UsageError, enlargement, locked, read_extras, restore_photos, select_device, shown_share,
+                   upscale_pictures, upscale_reduced, write_result, write_results)
 
 CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "srgan_x4.pth"
 SHOWN, RESULT_LIMIT = 12, 400_000_000       # pictures in the figure; pixels of a result, each some 8 bytes, of noise 13
-
-
-class UsageError(Exception):
-    """A call that cannot be carried out; the message is one sentence for the user."""
 
 
 # The command ----------------------------------------------------------------------------------
@@ -99,6 +95,11 @@ def read_pictures(args, files, scale, taken, failed):
             failed(reason if str(path) in reason else f"{path}: {reason}")
 
 
+def photo_suffix(path, alpha):
+    """A photograph that came as a JPEG or HEIC becomes a JPEG: a PNG would take several times its space."""
+    return ".jpg" if path.suffix.lower() in (".jpg", ".jpeg", ".heic", ".heif") and alpha is None else ".png"
+
+
 def main(args):
     """Carry out the command; return the exit status: 0 all done, 1 some failed, 2 nothing done."""
     if args.study_report or args.ui:
@@ -116,7 +117,8 @@ def main(args):
     if args.inputs and not files:
         return 2
     networks = Networks(args.checkpoint, device, args.precision)
-    generator, faithful = networks(args.strength), networks(0) if args.added else None
+    strength = args.strength if args.strength is not None else GENTLE if args.photo and networks.has_knob else 1
+    generator, faithful = networks(strength), networks(0) if args.added else None
     if args.scale not in (None, generator.scale):
         tqdm.write(f"warning: {args.checkpoint} enlarges {generator.scale} times, whatever --scale says", sys.stderr)
     lpips = load_lpips() if args.lpips else None
@@ -126,9 +128,9 @@ def main(args):
         ("comparison", ".png"), ("faces" if args.photo else "metrics", ".csv")))
     pictures = read_pictures(args, files, generator.scale, taken, failed)
     if args.photo:
-        results = restore_photos(networks, pictures, args.batch_size, args.strength, args.enlarge, args.background)
+        results = restore_photos(networks, pictures, args.batch_size, strength, args.enlarge, args.background)
     else:
-        results = upscale_pictures(generator, pictures, args.batch_size, networks.tiny(args.strength), networks())
+        results = upscale_pictures(generator, pictures, args.batch_size, networks.tiny(strength), networks())
     for picture, sr, writing in tqdm(write_results(results), "upscaling", len(files) or None, unit="picture",
                                      leave=False, disable=None):
         line, show = {}, len(sheet) < SHOWN
@@ -152,13 +154,13 @@ def main(args):
     try:
         if scores:
             sha = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:8]
-            made = f"{args.checkpoint.name} {sha}; strength {args.strength:g}; {generator.head[0].weight.dtype}"
+            made = f"{args.checkpoint.name} {sha}; strength {strength:g}; {generator.head[0].weight.dtype}"
             report(scores, table, f"{'as given' if finished == done else made}; {args.kernel}; damage {args.damage}")
         if faces:
             write_csv(table, FACES, faces)
         if sheet:
             notes = [f"{len(sheet)} of {done} shown"] * (len(sheet) < done)
-            notes += [f"strength {args.strength:g}"] * (args.strength < 1)
+            notes += [f"strength {strength:g}"] * (strength < 1)
             plot_comparison(comparison, [row for name in sorted(sheet) for row in sheet[name]], ", ".join(notes))
     except OSError as error:
         failed(f"{error.filename or args.output}: cannot be written ({error.strerror})")
@@ -181,11 +183,11 @@ FILES, WAITING, KEPT = 200, 32, 10      # pictures in a folder; that one address
 
 INTRODUCTION = """# Face SRGAN
 Give a small or blurred face, or a photograph with some, and see it sharp. **What is added is invented**: one
-of many faces that fit, no evidence of who somebody is. Never identify anyone by it."""
+of many faces that fit, no evidence of who somebody is. Never identify anyone by it. Not for paid work."""
 EXAMPLE = "An example: an astronaut from {0} x {0} pixels. Give a picture of your own to see it here instead."
 DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
 WORDS = f"""
-- **Restored, sharp, small, left, failed**: what was done. *Shows 32*: as 32 sharp pixels do. *0.5*: its strength.
+- **Restored, sharp, small, left, failed**: what was done. *At 0.5*: its strength. *As sharp as 32*: as 32 good pixels.
   *Mostly invented*: below {INVENTED} pixels, another person may come out. *Doubtful* (red): hardly like a face.
 - **PSNR** (decibels), **SSIM** (at most 1): how near a result is to the truth. Sharp ones often have less."""
 LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"
@@ -196,26 +198,24 @@ POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 STYLE = """
 :root, .dark {--button-primary-background-fill: #9a3412; --button-primary-background-fill-hover: #7c2d12;
     --primary-600: #9a3412; --block-info-text-color: #52525b; --block-label-text-color: #3f3f46}
-.dark {--block-info-text-color: #a1a1aa; --block-label-text-color: #d4d4d8}
+.dark {--block-info-text-color: #a1a1aa; --block-label-text-color: #d4d4d8} .caption-label {opacity: 1 !important}
 main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility: hidden}   /* until it is whole */
 .pixels img {image-rendering: pixelated} .caption-label {white-space: normal !important; max-width: 100% !important}
 :is(#photo, .below) img {width: 100% !important; height: 100% !important; object-fit: contain}
-:is(#photo, .below, #compare:not(.fullscreen)) {padding-top: 28px !important}    /* labels above, not upon, pictures */
-:is(#compare, .below):not(.fullscreen) .icon-button-wrapper {top: -28px} label:has(:disabled) {opacity: .45}
+:is(#photo, .below, #compare:not(.fullscreen)) {padding-top: 28px !important} .fullscreen img {height: 96vh!important}
+:is(#compare, .below):not(.fullscreen) .icon-button-wrapper {top: -28px} #compare.fullscreen {height: 100% !important}
 #work {display: grid; gap: 16px; grid-template: auto auto 1fr / minmax(300px, 1fr) minmax(0, 2fr)}
 #show {grid-area: 1 / 2 / 4} #status {min-height: 3em} #cancel:disabled {display: none} .or {color: inherit !important}
 #compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: min(450px, 84vw) !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
-#faces .grid-container button {aspect-ratio: 1.6; padding-bottom: 3em} #compare.fullscreen img {height: 96vh!important}
-#pairs .grid-container button {aspect-ratio: 1.5; padding-bottom: 3.6em} #compare.fullscreen {height: 100% !important}
+#faces button, #pairs button {aspect-ratio: 1.5; padding-bottom: 3.4em} label:has(:disabled) {opacity: .45}
 :is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: none !important}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
 @media (max-width: 700px) {
     #work {display: flex} #show {display: contents} #give {order: -2} #status {order: -1; min-height: 3.6em}
-    #status p, #intro p {font-size: .85em} #intro h1 {font-size: 1.4em; margin: 0} #rest {order: 2}
+    #status p, #intro p {font-size: .85em} #intro h1 {font-size: 1.4em} :is(#faces, #missed) {order: 1} #rest {order: 2}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
     #photo {height: 120px !important; min-height: 0 !important} #faces .grid-wrap {max-height: 45vh !important}
-    :is(#faces, #missed) {order: 1}
     #cancel:enabled {position: fixed; bottom: 1em; right: 1em; z-index: 9; box-shadow: 0 0 9px #0008}
     #compare:not(.fullscreen) {height: calc(84vw + 30px) !important} .caption-label {font-size: 10px !important}}"""
 KEYS = """<script>      // what Gradio's slider, which knows the mouse alone, lacks; alternative texts
@@ -223,7 +223,8 @@ document.addEventListener("keydown", event => {
     if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, textarea")) return;
     const line = event.target.closest("[data-testid=slider]");
     const step = {ArrowLeft: -16, ArrowRight: 16, Home: -1e4, End: 1e4}[event.key];
-    if (line && step) { const {x, y, width} = line.getBoundingClientRect(), centre = x + width / 2;
+    if (line && step) {
+        const {x, y, width} = line.getBoundingClientRect(), centre = x + width / 2;
         const image = line.closest("#compare").querySelector("img"), box = image.getBoundingClientRect();
         const half = Math.min(box.width, box.height * image.naturalWidth / image.naturalHeight) / 2;
         const middle = box.left + box.width / 2, end = Math.min(Math.max(centre + step, middle - half), middle + half);
@@ -233,9 +234,8 @@ document.addEventListener("keydown", event => {
         line.setAttribute("aria-valuenow", Math.round(50 + 50 * (end - middle) / half)); event.preventDefault();
     }
 });
-const name = (selector, names) => document.querySelectorAll(selector).forEach(element => {
-    for (const key in names) if (element.getAttribute(key) != names[key]) element.setAttribute(key, names[key]);
-});
+const name = (selector, names) => document.querySelectorAll(selector).forEach(element => { for (const key in names)
+    if (element.getAttribute(key) != names[key]) element.setAttribute(key, names[key]); });
 new MutationObserver(() => {
     for (const element of document.querySelectorAll(".upload-container[aria-label], .empty[aria-label]"))
         element.removeAttribute("aria-label");      // they say other than what is written there
@@ -275,6 +275,7 @@ class Workshop:
         self.device = select_device(args.device)
         self.networks = Networks(args.checkpoint, self.device, args.precision)
         self.files, self.scale, self.has_knob = self.networks.files, self.networks.scale, self.networks.has_knob
+        self.strength = args.strength if args.strength is not None else GENTLE if self.has_knob else 1
         self.suited = lambda lr: self.networks.suited(max(lr.shape))[1]     # the enlargement for a picture of one face
 
     async def work(self, request, method, *arguments, when=0):
@@ -545,7 +546,7 @@ def build_app(workshop, study):
         except (DataError, CheckpointError, UsageError, OSError, MemoryError) as error:
             yield [], None, f"**{error or 'Not enough memory'}**", gr.Button(interactive=False)
 
-    dial = functools.partial(gr.Slider, 0, 1, workshop.args.strength, step=0.05, label="Strength of all", buttons=[],
+    dial = functools.partial(gr.Slider, 0, 1, workshop.strength, step=0.05, label="Strength of all", buttons=[],
         interactive=workshop.has_knob, info="0: faithful, soft. 1: vivid, more invented. Too sharp, too old? Try 0.3.")
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
                               visible=False, elem_classes="below")
@@ -557,7 +558,7 @@ def build_app(workshop, study):
         write_picture(path := workshop.folder / f"{name}_{len(picture)}.png", picture)
         tries["{}, {} x {}".format(name.replace("_", " ").title(), *picture.shape[1::-1])] = [str(path), sharp, n]
     examples = {n: path for path, _, n in reversed(tries.values())}        # the first of each enlargement
-    first = workshop.enlarge(None, Path(examples[workshop.scale]), workshop.args.strength, *[False] * 3, workshop.scale)
+    first = workshop.enlarge(None, Path(examples[workshop.scale]), workshop.strength, *[False] * 3, workshop.scale)
     with gr.Blocks(title="Face SRGAN", analytics_enabled=False) as app:
         gr.Markdown(INTRODUCTION, elem_id="intro")
         with gr.Tab("Upscale"), gr.Column(elem_id="work"):
@@ -644,8 +645,7 @@ def serve(args):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for remains in Path(tempfile.gettempdir()).glob("face-srgan-*"):        # of processes that were killed
         with contextlib.suppress(OSError), locked(remains) as dead:
-            if dead:
-                shutil.rmtree(remains)
+            dead and shutil.rmtree(remains)
     with tempfile.TemporaryDirectory(prefix="face-srgan-", ignore_cleanup_errors=True) as folder, locked(folder):
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")     # so uploads go with it
         try:
@@ -689,7 +689,7 @@ def parse_arguments(argv=None):
     add("--damage", default="none", choices=list(DAMAGES), help="what else befalls it, or did, with --hr [%(default)s]")
     add("--scale", type=int, choices=[4, 8], help="enlargement: 8 is for faces of 12 to 17 pixels [4]")
     add("--checkpoint", type=Path, metavar="FILE", help="trained generator, of any scale [the shipped SRGAN]")
-    add("--strength", type=float, default=1.0, help="0: faithful, the SRResNet beside the checkpoint; 1: vivid [1]")
+    add("--strength", type=float, help="0: faithful, as SRResNet; 1: vivid [1; with --photo and --ui 0.7]")
     add("--lpips", action="store_true", help="score LPIPS too, with --simulate or --hr; needs pip install lpips")
     add("--as-is", action="store_true", help="reduce no blurred picture first, and enlarge large ones too")
     add("--added", action="store_true", help="show in the comparison what was invented: the difference to strength 0")
@@ -718,13 +718,13 @@ def parse_arguments(argv=None):
              "--enlarge, --background, --leave and --restore need --photo"),
             (args.inputs and not args.simulate and not args.hr and (args.lpips or args.kernel != "bicubic"
              or args.damage != "none"), "--lpips, --kernel and --damage need --simulate or --hr"),
-            (args.added and not args.strength, "--added shows the difference to --strength 0: leave that out"),
+            (args.added and args.strength == 0, "--added shows the difference to --strength 0: leave that out"),
             (args.study and not args.ui, "--study needs --ui"),
             (args.ui and (args.inputs or args.hr or args.simulate), "--ui goes without INPUT, --hr and --simulate"),
             (args.auth is not None and not all(args.auth.partition(":")), "--auth is NAME:PASSWORD"),
             (args.port is not None and not 1 <= args.port <= 65535, "--port must be from 1 to 65535"),
             (not 0 <= args.seed <= 2**32, f"--seed must be from 0 to {2**32}"),
-            (not 0 <= args.strength <= 1, "--strength must be from 0 to 1"),
+            (not 0 <= (args.strength or 0) <= 1, "--strength must be from 0 to 1"),
             (not 1 <= args.batch_size <= 65536, "--batch-size must be from 1 to 65536"),
             (args.hr and not (args.inputs and args.hr.is_dir()), f"--hr needs INPUT, and a folder: {args.hr}")):
         if wrong:
@@ -738,8 +738,7 @@ def run(argv=None):
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")       # a name that it cannot show must not end the work
         return main(parse_arguments(argv))
-    except (UsageError, CheckpointError, DataError, DeviceError, LossError, OSError, MemoryError,
-            torch.OutOfMemoryError) as error:
+    except (UsageError, CheckpointError, DataError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         text = CUDA_FULL if isinstance(error, torch.OutOfMemoryError) else str(error) or "the memory is full"
         print(f"inference.py: {text}", file=sys.stderr)
         return 2

@@ -27,18 +27,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data_loader import (DETECTION_SCORE, MARK, DataError, Face, choose_output, contrast, cut_face, find_images,
-                         full_contrast, is_result, printable, read_image, rescale, resize, simulate, square_face,
-                         to_tensor, write_atomically, write_picture)
-from model import CLEAR, INVENTED, CheckpointError, enlargement, load_plain, upscale
+from data_loader import (MARK, DataError, Face, choose_output, contrast, cut_face, find_images, full_contrast,
+                         is_result, printable, read_image, rescale, resize, simulate, square_face, to_tensor,
+                         write_atomically, write_picture)
+from model import CLEAR, INVENTED, CheckpointError, UsageError, enlargement, load_plain, upscale
 
 # phi_i,j of the paper: the j-th convolution before the i-th pooling, after its ReLU. The value is how many layers of
 # torchvision's vgg19().features lead there.
 VGG_LAYERS = {"conv2_2": 9, "conv3_4": 18, "conv5_4": 36}
-
-
-class LossError(Exception):
-    """A loss that cannot be set up; the message is one sentence for the user."""
 
 
 class VGGFeatures(nn.Module):
@@ -49,7 +45,7 @@ class VGGFeatures(nn.Module):
         weights: None takes torchvision's ImageNet weights (downloaded once, 550 MB); else a file with a state dict in
             the layout of torchvision's `vgg19()` or of its `.features`, complete or only as deep as `layer`.
 
-    Raises LossError where the weights cannot be had or do not fit."""
+    Raises UsageError where the weights cannot be had or do not fit."""
 
     def __init__(self, layer="conv3_4", weights=None):
         super().__init__()
@@ -58,7 +54,7 @@ class VGGFeatures(nn.Module):
             state = VGG19_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True) if weights is None \
                 else load_plain(weights)
         except (CheckpointError, OSError, RuntimeError) as error:       # URLError is an OSError
-            raise LossError(
+            raise UsageError(
                 f"the VGG19 weights cannot be loaded ({getattr(error, 'reason', error)}); give "
                 "a file with --vgg-weights FILE, or --vgg-weights none to train without") from None
         with torch.device("meta"):      # shapes only: the full network would take 550 MB
@@ -67,7 +63,7 @@ class VGGFeatures(nn.Module):
             state = {name.removeprefix("features."): value.float() for name, value in state.items()}
             self.layers.load_state_dict({name: state[name] for name in self.layers.state_dict()}, assign=True)
         except (AttributeError, KeyError, RuntimeError):
-            raise LossError(f"{weights}: no VGG19 state dict in torchvision's layout that reaches "
+            raise UsageError(f"{weights}: no VGG19 state dict in torchvision's layout that reaches "
                             f"{layer}; choose another file or --vgg-layer") from None
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
@@ -128,6 +124,7 @@ class Term(NamedTuple):
     weight: float       # unless its flag says another
     both: bool          # in the loss of SRResNet too, or of SRGAN only
     value: Callable     # of the GeneratorLoss, SR, HR and D, which gives logits, and learns nothing here
+    features: bool = False      # whether it needs loss.features: without VGG, it is left out
 
 
 class GeneratorLoss(nn.Module):
@@ -138,11 +135,12 @@ class GeneratorLoss(nn.Module):
         period: HR pixels of the lattice, the scale.
         weights: by the names of TERMS; what is left out does not count."""
 
-    # A new term needs its line here, and gets its flag, --NAME-weight.
+    # A new term needs its line here, and gets its flag, --NAME-weight; its name is one as of a Python variable. A term
+    # that needs a network of its own finds it as an attribute of `loss`, set in __init__ beside `features`.
     TERMS = {
         "pixel": Term("mean squared error (equation 4)", 1.0, True, lambda loss, sr, hr, d: F.mse_loss(sr, hr)),
         "vgg": Term("relative VGG distance", 0.02, False,
-                    lambda loss, sr, hr, d: vgg_distance(loss.features, sr, hr)),
+                    lambda loss, sr, hr, d: vgg_distance(loss.features, sr, hr), features=True),
         "adversarial": Term("adversarial loss", 3e-3, False, lambda loss, sr, hr, d: adversarial_loss(d(sr))),
         "lattice": Term("regular pattern", 40.0, False,
                         lambda loss, sr, hr, d: lattice_loss(sr, hr, loss.period))}
@@ -183,16 +181,16 @@ def psnr(a, b):
 
 def load_lpips():
     """Load LPIPS (Zhang et al. 2018, arXiv:1801.03924; AlexNet, version 0.1), whose package is no requirement: a
-    function of two (H, W, 3) uint8 pictures, nan for those smaller than 32. Raises LossError."""
+    function of two (H, W, 3) uint8 pictures, nan for those smaller than 32. Raises UsageError."""
     try:
         from lpips import LPIPS as Lpips
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             network = Lpips(net="alex", verbose=False).eval()
     except ImportError:
-        raise LossError("--lpips needs a package that is no requirement: pip install lpips") from None
+        raise UsageError("--lpips needs a package that is no requirement: pip install lpips") from None
     except OSError as error:
-        raise LossError(f"--lpips: the weights of AlexNet cannot be downloaded ({error})") from None
+        raise UsageError(f"--lpips: the weights of AlexNet cannot be downloaded ({error})") from None
 
     @torch.no_grad()
     def distance(a, b):
@@ -346,8 +344,8 @@ def pointed(picture, place, share, found):
 
 
 def face_pairs(picture, sr):
-    """Cut the faces of a photograph out of it and out of its result: a list of (before, after), (256, 256, 3) uint8,
-    turned as for the network."""
+    """Cut the faces of a photograph out of it and out of its result: a list of (before, after, note), 256x256 pixels,
+    turned as for the network, and at full contrast if they are faded or dark, as the note says then."""
     def cut(patch, image, n):
         if patch.turn % 90:
             face = replace(patch.face, x=patch.face.x * n, y=patch.face.y * n, size=patch.side * n)
@@ -355,8 +353,9 @@ def face_pairs(picture, sr):
         square = image[patch.top * n:, patch.left * n:][:patch.side * n, :patch.side * n]
         return resize(np.rot90(square, patch.turn // 90), 256)
 
-    factor = len(sr) // len(picture.lr)
-    return [(cut(patch, picture.lr, 1), cut(patch, sr, factor)) for patch in picture.patches]
+    pairs = [(cut(patch, picture.lr, 1), cut(patch, sr, len(sr) // len(picture.lr))) for patch in picture.patches]
+    return [(full_contrast(before), full_contrast(after, before), ", brightened here" * bool(contrast(before)[1] > 1))
+            for before, after in pairs]
 
 
 def outcome(patch):
@@ -372,24 +371,23 @@ def captioned_pairs(picture, sr, name=""):
     the photograph with their numbers; in a folder, where `name` is the file's, only before several."""
     name = name and f"{shortened(name, 24)}, "
     pairs = []
-    for number, (patch, pair) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1):
-        shows = f", shows {len(patch.lr)}" * (len(patch.lr) < patch.side)
+    for number, (patch, (*pair, note)) in enumerate(zip(picture.patches, face_pairs(picture, sr)), 1):
+        shows = f", as sharp as {len(patch.lr)}" * (len(patch.lr) < patch.side)
         strength = f" at {patch.strength:g}" if patch.action == "restored" and patch.strength < 1 else ""
-        doubts = ", doubtful" * patch.doubtful + ", perhaps no face" * (patch.face.score < DETECTION_SCORE)
-        caption = f"{name}{number}: {patch.side} pixels{shows}, {outcome(patch)}{strength}{doubts}"
-        pairs.append((np.hstack(pair), caption))
+        done = f"{outcome(patch)}{strength}{', doubtful' * patch.doubtful}"
+        pairs.append((np.hstack(pair), f"{name}{number}: {patch.side} pixels{shows}, {done}{note}"))
     overview = aimed(picture.lr, None, [patch.face for patch in picture.patches], picture.patches)
     return [(overview, f"{name}the photograph")] * (len(pairs) > bool(name)) + pairs
 
 
 def photo_rows(picture, sr):
     """Make a photograph's rows for `plot_comparison`: it with numbered frames, its result, if there is room, and its
-    faces before and after, at full contrast."""
+    faces before and after."""
     most, across = 12, 2 + (len(picture.patches) > 8)
-    faces = [[("before", full_contrast(before), f"{number}: {patch.side} pixels"
-               + ", brightened" * bool(contrast(before)[1] > 1)),
-              ("after", full_contrast(after, before), outcome(patch) + ", doubtful" * patch.doubtful)]
-             for number, (patch, (before, after)) in enumerate(zip(picture.patches[:most], face_pairs(picture, sr)), 1)]
+    pairs = zip(picture.patches[:most], face_pairs(picture, sr))
+    faces = [[("before", before, f"{number}: {patch.side} pixels{note}"),
+              ("after", after, outcome(patch) + ", doubtful" * patch.doubtful)]
+             for number, (patch, (before, after, note)) in enumerate(pairs, 1)]
     rows = [sum(faces[i:i + across], []) for i in range(0, len(faces), across)] or [[]]
     overview = aimed(picture.lr, None, [patch.face for patch in picture.patches[:most]], picture.patches)
     first = ("photograph", overview, f"{picture.name}, {picture.lr.shape[1]}x{picture.lr.shape[0]}"
@@ -405,8 +403,8 @@ def photo_sentence(picture, sr):
     patches, factor = picture.patches, len(sr) // len(picture.lr)
     numbers = Counter(patch.action for patch in patches)
     doubtful = [str(number) for number, patch in enumerate(patches, 1) if patch.doubtful]
-    invented = sum(outcome(patch) == "mostly invented" for patch in patches)
-    parts = [f"{numbers['restored']} restored" + f" ({invented} of them mostly invented)" * bool(invented)]
+    most = sum(outcome(patch) == "mostly invented" for patch in patches)
+    parts = [f"{numbers['restored']} restored" + f" ({most} of them mostly invented)" * bool(most)] * bool(patches)
     parts += [f"look closely at face{'s' * (len(doubtful) > 1)} {' and '.join(doubtful)} (doubtful)"] * bool(doubtful)
     words = {"sharp": "left as is (sharp already)", "left": "left as is (as asked)", "small": "too small",
              "failed": "left as is (no face came out)"}
@@ -414,14 +412,14 @@ def photo_sentence(picture, sr):
     if factor == picture.found.times < enlargement(picture.lr):
         parts += [f"{f'enlarged {factor} times only' if factor > 1 else 'not enlarged'}, since the faces are blurred"]
     parts += ["nothing was changed" if factor == 1 else "only enlarged"] * (not numbers["restored"])
-    return ", ".join([f"{len(patches)} face{'s' * (len(patches) != 1)}", *parts] if patches else
-                     ["no face found", *parts[1:]])
+    return ", ".join([f"{len(patches)} face{'s' * (len(patches) != 1)}" if patches else "no face found", *parts])
 
 
 def result_sentence(picture, sr, photo, scores, suited):
     """Say what became of a picture, a photograph or one of one face, which the enlargement `suited` would suit best."""
     one, line = not photo, "{1} x {0} → {3} x {2} pixels".format(*picture.lr.shape[:2], *sr.shape[:2])
-    line += f"; {photo_sentence(picture, sr)} (a face missed? See below)" if photo else ""
+    line += f"; {photo_sentence(picture, sr)}" if photo else ""
+    line += "; a face missed? See below" * (photo and len(picture.patches) != 1)
     line += "; blurred, so reduced first to what it still shows" * (picture.share < 1)
     line += "; mostly invented: another person may come out" * (one and max(picture.lr.shape) < INVENTED)
     line += f"; for a face of this size, try {suited}x (under More)" * (one and len(sr) != suited * len(picture.lr))
@@ -432,7 +430,8 @@ def result_sentence(picture, sr, photo, scores, suited):
 def photo_table(picture):
     """List a photograph's rows of faces.csv."""
     return [(picture.name, number, round(patch.face.x, 1), round(patch.face.y, 1), round(patch.face.size, 1),
-             round(patch.face.angle, 1), round(patch.face.score, 3), patch.working_size, outcome(patch),
+             round(patch.face.angle, 1), round(patch.face.score, 3),
+             len(patch.lr) if patch.action == "restored" else patch.working_size, outcome(patch),
              f"{patch.strength:g}" if patch.action == "restored" else "", int(patch.doubtful))
             for number, patch in enumerate(picture.patches, 1)]
 

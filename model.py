@@ -41,8 +41,8 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used; the message is one sentence for the user."""
 
 
-class DeviceError(Exception):
-    """A device that is not there; the message is one sentence for the user."""
+class UsageError(Exception):
+    """A call that cannot be carried out as it is meant; the message is one sentence for the user."""
 
 
 # Networks -----------------------------------------------------------------------------------------
@@ -315,8 +315,8 @@ class Networks:
     def suited(self, side, strength=1, own=None):
         """The strength and the scale that suit a face of `side` pixels in a photograph; `own` is asked for it alone."""
         scale = 8 if side < TINY and 8 in self.files else min(self.files)
-        part = 1 if not self.has_knob else 0.5 if side >= CLEAR else 0.7 if side < TINY and scale == 8 else 1
-        return round(strength * part, 2) if own is None else own, scale
+        most = 1 if not self.has_knob else 0.5 if side >= CLEAR else GENTLE if side < TINY and scale == 8 else 1
+        return min(strength, most) if own is None else own, scale
 
 
 @contextlib.contextmanager
@@ -342,12 +342,12 @@ def select_device(name):
     With several processes a machine, "cuda" is the GPU of this one. From then on float32 is float32: TF32 is off."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if not re.fullmatch(r"cpu|cuda(:\d\d?)?", name):
-        raise DeviceError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise DeviceError(f"--device {name}: no CUDA device {index} is here; try --device cpu, or fewer processes")
+            raise UsageError(f"--device {name}: no CUDA device {index} is here; try --device cpu, or fewer processes")
         torch.cuda.set_device(device := torch.device("cuda", index))
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device
@@ -452,11 +452,6 @@ def read_extras(path):
     return extras
 
 
-def photo_suffix(path, alpha):
-    """A photograph that came as a JPEG or HEIC becomes a JPEG: a PNG would take several times its space."""
-    return ".jpg" if path.suffix.lower() in (".jpg", ".jpeg", ".heic", ".heif") and alpha is None else ".png"
-
-
 def shown_share(lr):
     """The share of its pixels a side to which a picture of one face, (H, W, 3) uint8, can be reduced and still be the
     same: 1 unless it is blurred (of 32 pixels by 1.6: LPIPS 0.57 as it is, 0.10 reduced), or far too large for that."""
@@ -531,9 +526,9 @@ def write_results(results):
 
 # Faces in photographs -----------------------------------------------------------------------------
 
-TINY = 18                   # pixels: below, eight times gives the better face, 0.7 of the strength a better likeness
+TINY, GENTLE = 18, 0.7      # pixels: below, eight times gives the better face; strength: people see scratches above it
 INVENTED = 24               # pixels: of less, from a JPEG of 90, more than one face of ten is more like another person
-CLEAR, OWN = 76, 60         # pixels: from here on, half the strength is as good; what is smoothed away is laid back
+CLEAR, OWN = 76, 60         # pixels: from here on, strength 0.5 is as good; what is smoothed away is laid back
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
 TILT, SURE = 10, 0.85       # degrees and score, from which on reduced faces are turned upright (LPIPS 0.051 for 0.068)
@@ -572,13 +567,10 @@ def blockiness(photo, top, left, side):
     return float(np.mean(excess))
 
 
-def make_patches(photo, found, factor, smallest=TINY, marked=()):
-    """Decide what to do with each of the Faces `found` in an (H, W, 3) uint8 photograph, if the result is `factor`
-    times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. What is
-    `marked`, (Face, "restored", "left", or at what strength to restore it), replaces that Face, or else those with
-    their middle in its frame, and keeps its turn. A blurred or coded face is reduced first to what it shows, and turned
-    upright, as are small ones; others by quarters."""
-    patches, faces = [], [(face, None) for face in found]
+def with_wishes(found, marked):
+    """Pair the Faces `found` with what is wished of them, or None. What is `marked`, (Face, "restored", "left", or a
+    strength to restore it at), replaces that Face, or else those with their middle in its frame, and keeps its turn."""
+    faces = [(face, None) for face in found]
     for face, wish in marked:
         meant = [other == face for other, _ in faces]
         meant = meant if any(meant) else [2 * max(abs(o.x - face.x), abs(o.y - face.y)) < face.size for o, _ in faces]
@@ -586,30 +578,39 @@ def make_patches(photo, found, factor, smallest=TINY, marked=()):
         turn = faces[place][0].angle if any(meant) else 0
         faces = [pair for pair, gone in zip(faces, meant) if not gone]
         faces.insert(place, (replace(face, angle=turn), wish))
-    for face, wish in faces:
-        (top, left, side), turn = face.square(*photo.shape[:2]), 90 * round(face.angle / 90)
-        lr = np.rot90(photo[top:top + side, left:left + side], turn // 90)
-        size = working_size(lr)
-        strength, wish = (None, wish) if isinstance(wish, str | None) else (wish, "restored")
-        blurred = size < SOFT[factor] * side
-        given = max(size, smallest) if blurred else side
-        part = 0.85 if size < side / 2 else 1       # of large blurred ones, the last pixels would blacken folds
-        action = "small" if side < smallest else wish or (
-            "sharp" if size > DETAIL or factor == 1 and given == side else "restored")
-        if action == "restored":
-            size, given = (DETAIL, DETAIL) if size > DETAIL else (size, given)
-            coded = side >= CODED and blockiness(photo, top, left, side) * contrast(lr)[1]      # as the network sees it
-            if size > CODED and coded > BLOCKS and not blurred:
-                size = given = max(CODED, size * 2 // 3)
-            given = max(min(32, given), round(part * given))
-            tilt = TILT if given < side else 20 if side < 48 or coded > 1 else 35     # turning blurs sharp ones
-            if abs(face.angle - turn) > tilt and face.score > SURE:
-                lr, turn = cut_face(photo, replace(face, size=side), side if blurred else given), face.angle
-            if given < len(lr):
-                lr = reduce(lr, given / side) if blurred else resize(lr, given)
-        patches.append(Patch(face, top, left, side, size, len(lr), action, lr, turn, blurred and action == "restored",
-                             strength))
-    return patches
+    return faces
+
+
+def make_patch(photo, face, wish, factor, smallest):
+    """Decide what to do with one Face, see `make_patches`."""
+    (top, left, side), turn = face.square(*photo.shape[:2]), 90 * round(face.angle / 90)
+    lr = np.rot90(photo[top:top + side, left:left + side], turn // 90)
+    size = working_size(lr)
+    strength, wish = (None, wish) if isinstance(wish, str | None) else (wish, "restored")
+    blurred = size < SOFT[factor] * side
+    given = max(size, smallest) if blurred else side
+    part = 0.85 if size < side / 2 else 1       # of large blurred ones, the last pixels would blacken folds
+    action = "small" if side < smallest else wish or (
+        "sharp" if size > DETAIL or factor == 1 and given == side else "restored")
+    if action == "restored":
+        size, given = (DETAIL, DETAIL) if size > DETAIL else (size, given)
+        coded = side >= CODED and blockiness(photo, top, left, side) * contrast(lr)[1]      # as the network sees it
+        if size > CODED and coded > BLOCKS and not blurred:
+            size = given = max(CODED, size * 2 // 3)
+        given = max(min(32, given), round(part * given))
+        tilt = TILT if given < side else 20 if side < 48 or coded > 1 else 35       # turning blurs sharp ones
+        if abs(face.angle - turn) > tilt and face.score > SURE:
+            lr, turn = cut_face(photo, replace(face, size=side), side if blurred else given), face.angle
+        if given < len(lr):
+            lr = reduce(lr, given / side) if blurred else resize(lr, given)
+    return Patch(face, top, left, side, size, len(lr), action, lr, turn, blurred and action == "restored", strength)
+
+
+def make_patches(photo, found, factor, smallest=TINY, marked=()):
+    """Decide what to do with each of the Faces `found` or `marked` in an (H, W, 3) uint8 photograph, if the result is
+    `factor` times as large: a list of Patch, row by row. Frames of fewer than `smallest` pixels are left alone. Blurred
+    and coded faces are reduced first to what they show, and turned upright, as are small ones; others by quarters."""
+    return [make_patch(photo, face, wish, factor, smallest) for face, wish in with_wishes(found, marked)]
 
 
 def add_grain(sr, part, share=1, top=0, left=0, side=0, amount=GRAIN):

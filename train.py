@@ -33,11 +33,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data_loader import FACE_SIZE, DataError, FaceBatches, load_split, simulate, to_tensor, write_atomically
-from loss import (VGG_LAYERS, GeneratorLoss, LossError, VGGFeatures, compare, discriminator_loss, plot_comparison,
-                  shifted, vgg_distance)
-from model import (CUDA_FULL, PRECISION_HELP, PRECISIONS, CheckpointError, DeviceError, Discriminator, Generator,
-                   Picture, checksum, device_name, load_checkpoint, load_plain, locked, save_checkpoint,
-                   save_plain, select_device, select_dtype, upscale_pictures)
+from loss import (VGG_LAYERS, GeneratorLoss, VGGFeatures, compare, discriminator_loss, plot_comparison, shifted,
+                  vgg_distance)
+from model import (CUDA_FULL, PRECISIONS, PRECISION_HELP, CheckpointError, Discriminator, Generator, Picture,
+                   UsageError, checksum, device_name, load_checkpoint, load_plain, locked, save_checkpoint, save_plain,
+                   select_device, select_dtype, upscale_pictures)
 
 STAGES = ("srresnet", "srgan")
 STATE = "training_state.pth"
@@ -296,10 +296,8 @@ class Stage:
             self.generate, self.discriminate = (DistributedDataParallel(
                 network, device_ids=[device] if device.type == "cuda" else None)
                 for network in (self.generator, self.discriminator))
-        weights = {name: getattr(args, f"{name}_weight")
-                   for name, term in GeneratorLoss.TERMS.items() if term.both or self.gan}
-        if features is None:
-            weights.pop("vgg", None)
+        weights = {name: getattr(args, f"{name}_weight") for name, term in GeneratorLoss.TERMS.items()
+                   if (term.both or self.gan) and (features is not None or not term.features)}
         if not any(weights.values()):       # SRGAN alone does without pixels
             weights["pixel"] = 1.0
             if self.main_process:
@@ -664,8 +662,8 @@ def parse_arguments(argv=None):
     add("--gan-lr", type=float, default=1e-4, help="learning rate of SRGAN [%(default)s]")
     add("--discriminator-lr", type=float, metavar="LR", help="learning rate of the discriminator [that of --gan-lr]")
     for name, term in GeneratorLoss.TERMS.items():
-        add(f"--{name}-weight", type=float, default=term.weight, help=f"of the {term.text}, in the loss of "
-            f"{'both stages' if term.both else 'SRGAN'} [%(default)s]")
+        add(f"--{name.replace('_', '-')}-weight", type=float, default=term.weight, help=f"of the {term.text}, in the "
+            f"loss of {'both stages' if term.both else 'SRGAN'} [%(default)s]")
     add("--vgg-layer", default="conv3_4", choices=list(VGG_LAYERS), help="features of the VGG distance [%(default)s]")
     add("--vgg-weights", metavar="FILE", help="VGG19 state dict (default: torchvision's, downloaded "
         "once; none: train without the VGG term)")
@@ -677,9 +675,12 @@ def parse_arguments(argv=None):
         args.output = args.output or Path("runs")
         if not (args.output / STATE).exists():
             raise TrainingError(f"{args.output} holds no {STATE}, so there is nothing to --resume")
-        stored = read_state(args.output / STATE)["args"] | {"output": args.output, "resume": True}
+        stored = {f"{name}_weight": 0 for name in GeneratorLoss.TERMS}      # those that it does not know yet
+        stored |= read_state(args.output / STATE)["args"] | {"output": args.output, "resume": True}
         known = {action.dest: action for action in parser._actions}
         stored = {name: value for name, value in stored.items() if name in known or value != 0}     # a loss now gone
+        if lost := [name for name in stored if name not in known and f"{name}".endswith("_weight")]:
+            raise TrainingError(f"{args.output / STATE}: trained with a loss that this code lacks, {lost[0][:-7]:.40}")
         if not all(name in known and fits(known[name], value) for name, value in stored.items()):
             raise TrainingError(UNFIT.format(args.output / STATE))
         parser.set_defaults(**stored)
@@ -724,7 +725,7 @@ def run(argv=None):
                 main(args)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (CheckpointError, DataError, DeviceError, LossError, TrainingError, OSError) as error:
+    except (CheckpointError, DataError, TrainingError, UsageError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError:
         sys.exit(f"train.py: {CUDA_FULL}")

@@ -5,7 +5,8 @@
 
 Machines are noisy: contestants take turns, and every figure is a median. On CUDA a turn is 100 steps without a wait
 for the GPU between them, so that launches overlap and a slow batch thread shows. The plain side ("textbook")
-has the same weights, networks and losses in float32 and the default memory format.
+has the same weights, networks and losses in the default memory format; it is trained in float32 and by autocast, and
+upscales in float32, a face at a time.
 """
 import argparse
 import contextlib
@@ -257,9 +258,10 @@ class Faces(Dataset):
 class TextbookTraining:
     """The loop of many a tutorial, with the same networks and losses."""
 
-    def __init__(self, args, device, features, folder, steps):
+    def __init__(self, args, device, features, folder, steps, dtype):
         gan = features is not None
         self.device, self.gan = device, gan
+        self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         self.generator, self.discriminator = Textbook(Generator()).to(device), Discriminator().to(device)
         self.criterion = GeneratorLoss(features, pixel=args.pixel_weight, vgg=args.vgg_weight,
                                        adversarial=args.adversarial_weight) if gan else GeneratorLoss(pixel=1)
@@ -269,13 +271,16 @@ class TextbookTraining:
 
     def train_step(self):
         lr, hr = (batch.to(self.device) for batch in next(self.data))
+        with self.autocast:
+            sr = self.generator(lr)
         if self.gan:
-            loss = discriminator_loss(self.discriminator(hr), self.discriminator(self.generator(lr)))
+            with self.autocast:
+                loss = discriminator_loss(self.discriminator(hr), self.discriminator(sr.detach()))
             self.optimizers[1].zero_grad()
             loss.backward()
             self.optimizers[1].step()
-        sr = self.generator(lr)
-        loss, _ = self.criterion(sr, hr, self.discriminator)
+        with self.autocast:
+            loss, _ = self.criterion(sr, hr, self.discriminator)
         self.optimizers[0].zero_grad()
         loss.backward()
         self.optimizers[0].step()
@@ -298,7 +303,9 @@ def measure_training(args, device, folder):
     flags.output.mkdir()
     for name in train.STAGES:
         features = VGGFeatures(flags.vgg_layer, vgg).to(device) if name == "srgan" else None
-        textbook = TextbookTraining(flags, device, features, folder, 100 * (args.repeats + 1))
+        textbooks = {f"textbook, {str(dtype)[6:]}": TextbookTraining(
+            flags, device, features, folder, 100 * (args.repeats + 1), dtype).train_step
+            for dtype in dict.fromkeys([torch.float32, select_dtype(args.precision, device)])}
         stage, compiled = (train.Stage(name, its_flags, device, features) for its_flags in (flags, compiling))
         prefetch, waits = stage.batches, []
 
@@ -309,13 +316,14 @@ def measure_training(args, device, folder):
             return batch
 
         stage.batches = timed
-        seconds = take_turns({
-            "textbook": textbook.train_step, "ours": stage.train_step, "compiled": compiled.train_step,
+        seconds = take_turns(textbooks | {
+            "ours": stage.train_step, "compiled": compiled.train_step,
             "data": lambda stage=stage, prefetch=prefetch: prefetch.batches(stage.step)}, device, args.repeats)
         rates = {contestant: flags.batch_size / value for contestant, value in seconds.items()}
         for ours, words in (("ours", ""), ("compiled", ", --compile")):
-            row(f"training {name}{words}", f"{rates[ours]:.1f} images/s",
-                f"textbook: {rates['textbook']:.1f} images/s", f"{rates[ours] / rates['textbook']:.2f}x")
+            for other in textbooks:
+                row(f"training {name}{words}", f"{rates[ours]:.1f} images/s",
+                    f"{other}: {rates[other]:.1f} images/s", f"{rates[ours] / rates[other]:.2f}x")
         row(f"training {name}, data", f"wait {statistics.median(waits[1:]) * 1e3:.1f} ms",
             f"to make it {seconds['data'] * 1e3:.1f} ms; the step {seconds['ours'] * 1e3:.0f} ms",
             f"{statistics.median(waits[1:]) / seconds['ours']:.1%}")

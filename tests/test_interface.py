@@ -176,11 +176,11 @@ def test_a_photograph_is_searched_for_faces(app, client, tmp_path):
     small.save(path)
     result = upscale(client, path)
     assert "1 face, 1 restored" in result.line and not result.eightfold
-    assert np.array_equal(result.download, command(app, tmp_path / "out", path, "--photo"))
+    assert np.array_equal(result.download, command(app, tmp_path / "out", path, "--photo", "--strength", 1))
     assert [caption.split(":")[0] for _, caption in result.faces] == ["the photograph", "1"]
     assert result.faces[1][0].shape == (256, 512, 3) and "restored" in result.faces[1][1]
     faces_only = upscale(client, path, only=True)
-    assert np.array_equal(faces_only.download, command(app, tmp_path / "out", path, "--photo", "--background", "bicubic"))
+    assert np.array_equal(faces_only.download, command(app, tmp_path / "out", path, "--photo", "--strength", 1, "--background", "bicubic"))
     assert (faces_only.download != result.download).any()
     Image.fromarray(np.hstack([small, small])).save(tmp_path / "two.png")
     result = upscale(client, tmp_path / "two.png")
@@ -327,7 +327,7 @@ def test_a_folder_of_tiny_faces_and_a_photograph(app, client, tmp_path):
         assert sorted(pack.namelist()) == names
         with pack.open("faces_x8.png") as file:
             assert np.array_equal(np.array(Image.open(file)), expected)
-        command(app, tmp_path / "out", photo, "--photo")
+        command(app, tmp_path / "out", photo, "--photo", "--strength", 1)
         table = (tmp_path / "out" / "faces.csv").read_bytes()
         assert pack.read("faces.csv") == table.replace(b"astronaut.png", b"astronaut_restored.png")
 
@@ -410,7 +410,7 @@ def test_a_face_in_the_browser(app, page, faces, tmp_path):
     for key in ("ArrowLeft",) * 6 + ("ArrowRight",) * 4:  # faster than they can be answered
         page.locator("#knobs").get_by_role("slider", name="Strength").press(key)
     assert line.bounding_box()["x"] == moved
-    expected = command(app, tmp_path / "out", path, "--strength", 0.9)
+    expected = command(app, tmp_path / "out", path, "--strength", 0.6)
     assert not np.array_equal(expected, command(app, tmp_path / "out", path))
     for _ in range(100):  # the knob is live: its result comes by itself
         with page.expect_download() as download:
@@ -483,7 +483,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
             break
         page.wait_for_timeout(100)
     assert ours.get_attribute("src") != shown and np.array_equal(slider_picture(page), close)
-    own, usual = page.get_by_role("slider", name="of this face"), "at 0.95"
+    own, usual = page.get_by_role("slider", name="of this face"), "at 0.65"
     page.get_by_text(f"1: 18 pixels, mostly invented {usual}").wait_for()
     own.press("End")  # it has a knob of its own
     page.get_by_text(re.compile("^1: 18 pixels, mostly invented(, doubtful)?$")).wait_for()     # a face on a wall

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from loss import (
     GeneratorLoss,
-    LossError,
+    UsageError,
     VGGFeatures,
     adversarial_loss,
     compare,
@@ -109,7 +109,7 @@ def test_unusable_vgg_weights_are_one_sentence(vgg_file, tmp_path, monkeypatch):
         ("conv2_2", tmp_path / "foreign.pth"),
         ("conv3_4", vgg_file),
     ]:
-        with pytest.raises(LossError) as error:
+        with pytest.raises(UsageError) as error:
             VGGFeatures(layer, weights)
         assert "\n" not in str(error.value)
         assert "--vgg-weights" in str(error.value) or "--vgg-layer" in str(error.value)

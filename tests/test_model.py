@@ -15,7 +15,7 @@ from inference import CHECKPOINT
 from model import (
     CONTENT,
     CheckpointError,
-    DeviceError,
+    UsageError,
     Discriminator,
     Generator,
     Networks,
@@ -321,7 +321,7 @@ def test_devices_have_the_index_that_tensors_report(monkeypatch):
     assert select_device("auto") == torch.device("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "2")
     for name in ("auto", "cuda:2", "mps", "meta", "xpu", "nonsense"):
-        with pytest.raises(DeviceError, match="CUDA device|expected"):
+        with pytest.raises(UsageError, match="CUDA device|expected"):
             select_device(name)
 
 

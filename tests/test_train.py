@@ -308,7 +308,11 @@ def test_a_loss_and_a_kernel_are_added_in_one_place_each(stage, monkeypatch):
     for name in ("srresnet", "srgan"):
         assert stage(name).criterion.weights["absolute"] == 0.5
         assert stage(name, "--absolute-weight", "2", "--pixel-weight", "0").criterion.weights["absolute"] == 2
-    assert stage("srresnet", "--pixel-weight", "0", "--absolute-weight", "0").criterion.weights == {"pixel": 1}  # never none
+    none = [text for name, term in train.GeneratorLoss.TERMS.items() if term.both for text in (f"--{name}-weight", "0")]
+    assert stage("srresnet", *none).criterion.weights == {"pixel": 1}  # never none
+    style = Term("style", 1.0, True, lambda loss, sr, hr, d: loss.features(sr).mean(), features=True)
+    monkeypatch.setitem(train.GeneratorLoss.TERMS, "style", style)
+    train.run(["--dry-run", "--device", "cpu"])     # without VGG, whatever needs it is left out
     lr = data_loader.degrade(torch.rand(8, 3, 32, 32), 4, np.random.default_rng(0))
     assert np.array_equal(wild, [data_loader.simulate(face, 4, damage="wild")[0] for face in faces])     # as scores do
     data_loader._degradation_tables.cache_clear()
@@ -499,6 +503,20 @@ def test_states_that_do_not_fit_are_one_sentence(flags, tmp_path):
     (out / "log.jsonl").write_text(log)
     train.run(["--resume", "--output", str(out), "--pretrain-steps", "6", "--val-every", "6"])
     assert log_lines(out)[-1]["step"] == 6
+
+
+def test_a_resumed_training_keeps_its_losses(flags, tmp_path, monkeypatch):
+    """One that the code has learned since does not join in, unless it is asked for; one that it lacks now is named."""
+    call, out = [*flags, "--pretrain-steps", "2", "--gan-steps", "0"], tmp_path / "out"
+    train.run(call)
+    term = Term("mean absolute error", 0.5, True, lambda loss, sr, hr, d: (sr - hr).abs().mean())
+    monkeypatch.setitem(train.GeneratorLoss.TERMS, "mean_absolute", term)
+    for more, names in ((["4"], {"pixel"}), (["6", "--mean-absolute-weight", "1"], {"pixel", "mean_absolute"})):
+        train.run(["--resume", "--output", str(out), "--pretrain-steps", *more])
+        assert set(log_lines(out)[-1]["train"]) == names
+    monkeypatch.delitem(train.GeneratorLoss.TERMS, "mean_absolute")
+    with pytest.raises(SystemExit, match="trained with a loss that this code lacks, mean_absolute$"):
+        train.run(["--resume", "--output", str(out)])
 
 
 def test_one_training_a_folder(flags, tmp_path):
