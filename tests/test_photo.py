@@ -702,6 +702,15 @@ def test_the_command_writes_the_picture_the_table_and_the_figure(portraits, tmp_
         assert "take numbers from 1 to 2, the faces found" in capsys.readouterr().err
 
 
+def test_without_a_faithful_network_photographs_get_all_of_the_vivid_one(portraits, tmp_path, tiny_checkpoint):
+    Image.fromarray(compose(portraits, [("hopper", 40, 0, 30, 30)], 120, 100)[0]).save(tmp_path / "a.png")
+    out = tmp_path / "out"
+    for more, strength in ([], "1"), (["--strength", "0.5"], None):
+        call = [str(tmp_path / "a.png"), "--photo", "--checkpoint", str(tiny_checkpoint), "--output", str(out)]
+        assert inference.run([*call, *more, "--device", "cpu"]) == (0 if strength else 2)
+        assert [row[9] for row in csv.reader((out / "faces.csv").open())] == ["strength", "1"]
+
+
 def test_mistakes_are_one_sentence(tmp_path, capsys):
     for call in (["--photo"], ["a.png", "--photo", "--simulate"], ["a.png", "--photo", "--hr", "b"],
                  ["a.png", "--photo", "--added"], ["a.png", "--enlarge", "2"], ["a.png", "--background", "bicubic"],
