@@ -216,7 +216,7 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
     #status p, #intro p {font-size: .85em} #intro h1 {font-size: 1.4em} :is(#faces, #missed) {order: 1} #rest {order: 2}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
     #photo {height: 120px !important; min-height: 0 !important} #faces .grid-wrap {max-height: 45vh !important}
-    #cancel:enabled {position: fixed; bottom: 1em; right: 1em; z-index: 9; box-shadow: 0 0 9px #0008}
+    #faces button {padding-bottom: 4.6em} #cancel:enabled {position: fixed; bottom: 1em; right: 1em; z-index: 9}
     #compare:not(.fullscreen) {height: calc(84vw + 30px) !important} .caption-label {font-size: 10px !important}}"""
 KEYS = """<script>      // what Gradio's slider, which knows the mouse alone, lacks; alternative texts
 document.addEventListener("keydown", event => {
@@ -504,8 +504,8 @@ def build_app(workshop, study):
     def begin(path, request: gr.Request):
         picture = opened(path)      # the settings of the one before may not fit it
         vars(workshop.last(request.session_hash)).update(seen=None, shown=0)
-        suited = workshop.scale if picture is None else workshop.suited(picture)
-        return False, False, False, suited, "Working …", gr.DownloadButton(interactive=False), FRAME
+        usual = workshop.strength, False, False, False, workshop.scale if picture is None else workshop.suited(picture)
+        return *usual, "Working …", gr.DownloadButton(interactive=False), FRAME
 
     def look_at(path, made, found, event: gr.SelectData, request: gr.Request):
         pair = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
@@ -610,7 +610,7 @@ def build_app(workshop, study):
             boxes = [slider, pixels, truth, invented, faces, download, cancel, clock, made, found, scale, *knob, status]
             gr.on([strength.change, shrink.input, added.input, whole.input, scale.input, only.input, marks.change],
                   upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, api_name="upscale", **at_once)
-            given = photo.input(begin, photo, [shrink, whole, only, scale, status, download, share], **hidden)
+            given = photo.input(begin, photo, [strength, shrink, whole, only, scale, status, download, share], **hidden)
             for settled in (given, pick.load_input_event):
                 settled.then(upscale_one, settings, boxes, trigger_mode="multiple", js=STAMP, **hidden)
             cancel.click(stop, gr.State(), [status, download, cancel, *settings[1:8]], api_name="cancel", **at_once)

@@ -63,8 +63,8 @@ class VGGFeatures(nn.Module):
             state = {name.removeprefix("features."): value.float() for name, value in state.items()}
             self.layers.load_state_dict({name: state[name] for name in self.layers.state_dict()}, assign=True)
         except (AttributeError, KeyError, RuntimeError):
-            raise UsageError(f"{weights}: no VGG19 state dict in torchvision's layout that reaches "
-                            f"{layer}; choose another file or --vgg-layer") from None
+            raise UsageError(f"{weights}: no VGG19 state dict in torchvision's layout that reaches {layer}; choose "
+                             "another file or --vgg-layer") from None
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.eval().requires_grad_(False)
@@ -135,8 +135,8 @@ class GeneratorLoss(nn.Module):
         period: HR pixels of the lattice, the scale.
         weights: by the names of TERMS; what is left out does not count."""
 
-    # A new term needs its line here, and gets its flag, --NAME-weight; its name is one as of a Python variable. A term
-    # that needs a network of its own finds it as an attribute of `loss`, set in __init__ beside `features`.
+    # A new term needs its line here, and gets its flag, --NAME-weight, if NAME is a Python identifier. What it needs of
+    # its own, a network for example, is made in __init__ beside `features`, and found as an attribute of `loss`.
     TERMS = {
         "pixel": Term("mean squared error (equation 4)", 1.0, True, lambda loss, sr, hr, d: F.mse_loss(sr, hr)),
         "vgg": Term("relative VGG distance", 0.02, False,
@@ -406,8 +406,9 @@ def photo_sentence(picture, sr):
     most = sum(outcome(patch) == "mostly invented" for patch in patches)
     parts = [f"{numbers['restored']} restored" + f" ({most} of them mostly invented)" * bool(most)] * bool(patches)
     parts += [f"look closely at face{'s' * (len(doubtful) > 1)} {' and '.join(doubtful)} (doubtful)"] * bool(doubtful)
+    failed = " and ".join(str(number) for number, patch in enumerate(patches, 1) if patch.action == "failed")
     words = {"sharp": "left as is (sharp already)", "left": "left as is (as asked)", "small": "too small",
-             "failed": "left as is (no face came out)"}
+             "failed": f"left as is (no face came out of number {failed})"}
     parts += [f"{numbers[action]} {text}" for action, text in words.items() if numbers[action]]
     if factor == picture.found.times < enlargement(picture.lr):
         parts += [f"{f'enlarged {factor} times only' if factor > 1 else 'not enlarged'}, since the faces are blurred"]

@@ -302,7 +302,7 @@ class Stage:
             weights["pixel"] = 1.0
             if self.main_process:
                 print(f"{self.name}: no loss is left, so the mean squared error counts 1")
-        self.criterion = GeneratorLoss(features, args.scale, **weights)
+        self.criterion = GeneratorLoss(features, args.scale, **weights).requires_grad_(False).eval().to(device)
         if args.compile:
             for module in (self.generator, self.discriminator, self.criterion):
                 module.compile()
@@ -394,7 +394,7 @@ class Stage:
             if self.main_process:
                 self.average.update(self.step)
             for name, value in {**terms, **values}.items():     # sums stay on the device until read
-                self.sums[name] = self.sums.get(name, 0) + value.detach()
+                self.sums[name] = self.sums.get(name, 0) + value.detach().float()
             self.count += 1
         self.step += 1
         self.seconds += time.monotonic() - started

@@ -319,6 +319,27 @@ def test_a_loss_and_a_kernel_are_added_in_one_place_each(stage, monkeypatch):
     assert lr.shape == (8, 3, 8, 8)
 
 
+def test_a_loss_may_have_a_network_of_its_own(stage, monkeypatch):
+    """Made beside VGG: it is frozen and in eval mode with the rest, and its values are summed in float32."""
+    class WithNetwork(train.GeneratorLoss):
+        TERMS = train.GeneratorLoss.TERMS | {"own": Term("own", 1.0, True, lambda loss, sr, hr, d: (
+            loss.network(sr) - loss.network(hr)).abs().mean().bfloat16())}
+
+        def __init__(self, *args, **weights):
+            super().__init__(*args, **weights)
+            self.network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout())
+
+    monkeypatch.setattr(train, "GeneratorLoss", WithNetwork)
+    srresnet = stage("srresnet")
+    before = {name: value.clone() for name, value in srresnet.criterion.state_dict().items()}
+    for _ in range(2):
+        srresnet.train_step()
+    assert srresnet.sums["own"].dtype == torch.float32 and srresnet.sums["own"] > 0
+    network = srresnet.criterion.network
+    assert not any(parameter.requires_grad for parameter in network.parameters()) and not network.training
+    assert all(torch.equal(value, before[name]) for name, value in srresnet.criterion.state_dict().items())
+
+
 def test_eight_times_starts_from_the_weights_of_four(stage, tmp_path):
     """A further doubling is a copy of the last; a larger scale is no start for a smaller one."""
     torch.manual_seed(5)
