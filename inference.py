@@ -215,8 +215,8 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility
     #work {display: flex} #show {display: contents} #give {order: -2} #status {order: -1; min-height: 3.6em}
     #status p, #intro p {font-size: .85em} #intro h1 {font-size: 1.4em} :is(#faces, #missed) {order: 1} #rest {order: 2}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
-    #photo {height: 120px !important; min-height: 0 !important} #faces .grid-wrap {max-height: 45vh !important}
-    #faces button {padding-bottom: 4.6em} #cancel:enabled {position: fixed; bottom: 1em; right: 1em; z-index: 9}
+    #photo {height: 120px !important; min-height: 0 !important} #faces button {aspect-ratio: 1; padding-bottom: 4.6em}
+    #cancel:enabled {position: fixed; bottom: 1em; right: 1em; z-index: 9; box-shadow: 0 0 9px #0008}
     #compare:not(.fullscreen) {height: calc(84vw + 30px) !important} .caption-label {font-size: 10px !important}}"""
 KEYS = """<script>      // what Gradio's slider, which knows the mouse alone, lacks; alternative texts
 document.addEventListener("keydown", event => {
