@@ -199,7 +199,7 @@ STYLE = """
 :root, .dark {--button-primary-background-fill: #9a3412; --button-primary-background-fill-hover: #7c2d12;
     --primary-600: #9a3412; --block-info-text-color: #52525b; --block-label-text-color: #3f3f46}
 .dark {--block-info-text-color: #a1a1aa; --block-label-text-color: #d4d4d8} .caption-label {opacity: 1 !important}
-main:not(:has(#compare label):has(#photo button):has(#knobs button)) {visibility: hidden}   /* until it is whole */
+main:not(:has(#compare label):has(#photo button):has(#knobs button):has(#rest button)) {visibility: hidden}
 .pixels img {image-rendering: pixelated} .caption-label {white-space: normal !important; max-width: 100% !important}
 :is(#photo, .below) img {width: 100% !important; height: 100% !important; object-fit: contain}
 :is(#photo, .below, #compare:not(.fullscreen)) {padding-top: 28px !important} .fullscreen img {height: 96vh!important}
