@@ -33,8 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data_loader import FACE_SIZE, DataError, FaceBatches, load_split, simulate, to_tensor, write_atomically
-from loss import (VGG_LAYERS, GeneratorLoss, VGGFeatures, compare, discriminator_loss, plot_comparison, shifted,
-                  vgg_distance)
+from loss import (VGG_LAYERS, GeneratorLoss, VGGFeatures, compare, discriminator_loss, load_lpips, plot_comparison,
+                  shifted, vgg_distance)
 from model import (CUDA_FULL, PRECISIONS, PRECISION_HELP, CheckpointError, Discriminator, Generator, Picture,
                    UsageError, checksum, device_name, load_checkpoint, load_plain, locked, save_checkpoint, save_plain,
                    select_device, select_dtype, upscale_pictures)
@@ -127,17 +127,17 @@ def learning_rate(step, steps):
     return min(1, (step + 1) / 50) * (0.505 + 0.495 * math.cos(math.pi * max(0, step / steps - 0.6) / 0.4))
 
 
-def validate(generator, faces, device, features=None):
+def validate(generator, faces, device, features=None, lpips=None):
     """Reduce (N, 3, 128, 128) uint8 faces, upscale and score them as inference.py does.
 
-    Returns the mean scores of `generator` and of bicubic and, with VGG `features`, the relative VGG
-    distance, by name; and rows for `plot_comparison` of the first four faces.
+    Returns the mean scores of `generator` and of bicubic, by name, with VGG `features` the relative VGG distance, with
+    `lpips`, which comes from `load_lpips`, LPIPS too; and rows for `plot_comparison` of the first four faces.
     """
     pairs = (simulate(face, generator.scale) for face in faces.permute(0, 2, 3, 1).numpy())
     pictures = [Picture(f"{i}", None, lr, hr=hr) for i, (lr, hr) in enumerate(pairs)]
     lines, sheet = [], []
     for picture, sr in upscale_pictures(generator, pictures, batch_size=16):
-        row, line = compare(picture, sr)
+        row, line = compare(picture, sr, lpips=lpips)
         if features is not None:
             with torch.no_grad():
                 line["vgg"] = vgg_distance(features, *(to_tensor([x]).to(device) for x in (sr, picture.hr))).item()
@@ -147,25 +147,26 @@ def validate(generator, faces, device, features=None):
 
 
 def plot_curves(log, path):
-    """Draw the training curves of a log.jsonl: PSNR, VGG distance, losses, D(real) and D(fake)."""
+    """Draw the training curves of a log.jsonl: PSNR, VGG distance and LPIPS, losses, D(real) and D(fake)."""
     from matplotlib.figure import Figure
     lines = read_log(log)
     figure = Figure(figsize=(14, 8))
     figure.subplots_adjust(left=0.05, right=0.85, bottom=0.07, top=0.95, wspace=0.55, hspace=0.3)
-    panels = dict(zip(("validation PSNR, dB", "validation VGG distance", "training losses, unweighted",
+    panels = dict(zip(("validation PSNR, dB", "validation VGG distance, LPIPS", "training losses, unweighted",
                        "mean D(real) and D(fake)"), figure.subplots(2, 2).flat))
-    psnr, vgg, losses, outputs = panels.values()
+    psnr, perceptual, losses, outputs = panels.values()
 
-    def draw(axes, label, stage, value, colour=None):
+    def draw(axes, label, stage, value, colour=None, style="-"):
         points = [(line["step"], value(line)) for line in lines if line["stage"] == stage]
-        axes.plot(*zip(*points), marker=".", label=label, color=colour)
+        axes.plot(*zip(*points), marker=".", label=label, color=colour, ls=style)
 
     for stage in dict.fromkeys(line["stage"] for line in lines):
         last = [line for line in lines if line["stage"] == stage][-1]
         colour = f"C{STAGES.index(stage)}"
         draw(psnr, stage, stage, lambda line: line["psnr"], colour)
-        if "vgg" in last:
-            draw(vgg, stage, stage, lambda line: line.get("vgg", math.nan), colour)
+        for name, style in (("vgg", "-"), ("lpips", "--")):
+            if name in last:
+                draw(perceptual, f"{name}, {stage}", stage, lambda line: line.get(name, math.nan), colour, style)
         for name in last["train"]:
             draw(outputs if name.startswith("d_") else losses, f"{name}, {stage}", stage,
                  lambda line, name=name: line["train"].get(name, math.nan))
@@ -259,8 +260,8 @@ class Stage:
     """One stage of the training, "srresnet" (pixel loss) or "srgan" (all losses): its data,
     networks, optimisers and progress, and what is done with them."""
 
-    def __init__(self, name, args, device, features=None):
-        self.name, self.args, self.device, self.features = name, args, device, features
+    def __init__(self, name, args, device, features=None, lpips=None):
+        self.name, self.args, self.device, self.features, self.lpips = name, args, device, features, lpips
         self.gan = name == "srgan"
         self.steps = args.gan_steps if self.gan else args.pretrain_steps
         self.checkpoint = args.output / f"{name}_x{args.scale}.pth"
@@ -322,7 +323,7 @@ class Stage:
         # Setup data:
         self.folders = args.gan_train_dir if self.gan and args.gan_train_dir else args.train_dir
         faces, self.val_faces = load_split(tuple(self.folders), args.val_dir, VAL_FACES, self.main_process)
-        self.face_count = len(faces)
+        self.data = dict(faces=len(faces), faces_checksum=checksum({"faces": faces}) if self.main_process else None)
         self.batches = Prefetch(FaceBatches(
             place_faces(faces, device), args.batch_size, args.patch_size, args.scale, args.degradation,
             seed=2 * args.seed + self.gan, rank=rank, world=world, device=device))
@@ -331,9 +332,9 @@ class Stage:
         # random, so the step is the whole random state.
         self.step, self.seconds, self.best, self.sums, self.count = 0, 0.0, None, {}, 0
         if self.main_process:
-            where = self.batches.batches.faces.device
-            print(f"{name}: {self.face_count} faces to train on, kept on the {where.type}, "
-                  f"{len(self.val_faces)} to validate on", flush=True)
+            where, few = self.batches.batches.faces.device, ", few to choose weights by" * (len(self.val_faces) < 20)
+            print(f"{name}: {len(faces)} faces to train on, kept on the {where.type}, "
+                  f"{len(self.val_faces)} to validate on{few}", flush=True)
 
     def start_from(self, path, generator):
         """Load the weights that this stage starts from; return the facts of their training. From weights of a smaller
@@ -420,7 +421,7 @@ class Stage:
         """Score the averaged generator, log, draw, and keep its checkpoint if it is the best."""
         means = self.losses()
         self.sums, self.count = {}, 0
-        scores, sheet = validate(self.ema.for_inference(), self.val_faces, self.device, self.features)
+        scores, sheet = validate(self.ema.for_inference(), self.val_faces, self.device, self.features, self.lpips)
         line = dict(stage=self.name, step=self.step, **scores, train=means,
                     lr=self.g_optimizer.param_groups[0]["lr"], seconds=round(self.seconds, 1))
         with open(self.log, "a") as file:
@@ -430,15 +431,15 @@ class Stage:
         plot_comparison(samples / f"{self.name}_{self.step:06d}.png", sheet)
         plot_curves(self.log, self.args.output / "curves.png")
         tqdm.write(f"{self.name} step {self.step}: " + ", ".join(
-            f"{name} {scores[name]:.4g}" for name in ("psnr", "psnr_bicubic", "ssim", "ssim_bicubic", "vgg")
-            if name in scores))
+            f"{name} {scores[name]:.4g}" for name in ("psnr", "psnr_bicubic", "ssim", "ssim_bicubic", "vgg",
+                                                            "lpips") if name in scores))
         if means.get("d_real", 0) > 0.99 and means["d_fake"] < 0.01:
             tqdm.write("warning: the discriminator is saturated (D(real) > 0.99, D(fake) < 0.01); "
                        "the generator learns little from it")
 
-        # SRResNet is chosen by PSNR. SRGAN is chosen by the VGG distance: PSNR would pick the
-        # blurred mean of all likely faces. Without VGG its last averaged weights are kept.
-        quality = scores["psnr"] if not self.gan else -scores["vgg"] if "vgg" in scores else self.step
+        # SRResNet is chosen by PSNR. SRGAN is chosen by LPIPS or the VGG distance: PSNR would pick the
+        # blurred mean of all likely faces. Without either its last averaged weights are kept.
+        quality = -scores.get("lpips", scores.get("vgg", -self.step)) if self.gan else scores["psnr"]
         if self.best is None or quality > self.best:
             if self.best is None:
                 set_aside(self.checkpoint)
@@ -450,7 +451,7 @@ class Stage:
         recipe = {name: value for name, value in plain(self.args).items() if name not in PRIVATE}
         save_checkpoint(path, self.ema, dict(
             stage=self.name, step=self.step, metrics=scores or {}, recipe=recipe,
-            data=[Path(folder).resolve().name for folder in self.folders], faces=self.face_count,
+            data=[Path(folder).resolve().name for folder in self.folders], **self.data,
             seconds=round(self.seconds, 1), device=device_name(self.device), torch=str(torch.__version__),
             date=datetime.date.today().isoformat(), pretraining=self.pretraining))
 
@@ -552,6 +553,7 @@ def main(args):
     features = None
     if args.vgg_weights != "none":
         features = VGGFeatures(args.vgg_layer, args.vgg_weights).to(device, memory_format=torch.channels_last)
+    lpips = load_lpips() if args.lpips and main_process else None
 
     # Setup state: where an interrupted training goes on, or nothing.
     state = read_state(args.output / STATE) if args.resume else None
@@ -561,7 +563,7 @@ def main(args):
     with StopSignal() as stop:
         for name in STAGES[STAGES.index(state["stage"]) if state else 0:]:
             if name == "srgan" and args.gan_steps or name == "srresnet" and args.pretrain_steps:
-                stage = Stage(name, args, device, features)
+                stage = Stage(name, args, device, features, lpips)
                 if state and state["stage"] == name:
                     stage.load(state)
                 elif main_process:
@@ -637,6 +639,8 @@ def parse_arguments(argv=None):
         "C++ compiler, on CUDA Triton")
     add("--val-every", type=int, default=500, metavar="STEPS", help="validate and save the state [%(default)s]")
     add("--save-every", type=int, default=250, metavar="STEPS", help="save the state [%(default)s]")
+    add("--lpips", action="store_true", help="validate LPIPS too, and choose SRGAN by it, not by the VGG distance; "
+        "needs pip install lpips")
     add("--keep-every", type=int, metavar="STEPS", help="also keep the averaged generator as it is then")
 
     add = parser.add_argument_group("networks").add_argument
@@ -688,9 +692,9 @@ def parse_arguments(argv=None):
         parser.set_defaults(blocks=2, channels=16, patch_size=32, batch_size=4, pretrain_steps=4,
                             gan_steps=4, val_every=2, vgg_weights="none")
     args = parser.parse_args(argv)
-    for name in ("scale", "blocks", "channels", "no_bicubic_residual") if stored else ():
-        if getattr(args, name) != stored.get(name):
-            raise TrainingError(f"--{name.replace('_', '-')} is {stored[name]} in the training to resume")
+    for name in ("scale", "blocks", "channels", "no_bicubic_residual", "lpips") if stored else ():
+        if getattr(args, name) != stored.get(name, False):
+            raise TrainingError(f"--{name.replace('_', '-')} is {stored.get(name, False)} in the training to resume")
     if not (args.train_dir or args.dry_run):
         raise TrainingError("--train-dir is needed: one or more folders of faces")
     for name, (least, most) in BOUNDS.items():

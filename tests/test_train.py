@@ -1,6 +1,7 @@
 import errno
 import functools
 import importlib
+import itertools
 import json
 import re
 import signal
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 import data_loader
 import train
-from loss import Term
+from loss import Term, psnr
 from model import Discriminator, Generator, checksum, load_checkpoint, load_plain, save_checkpoint
 
 ROOT = Path(train.__file__).parent
@@ -182,7 +183,7 @@ def test_dry_run_proves_the_line_and_leaves_nothing(capsys, monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     train.run(["--dry-run", "--device", "cpu"])
     output = capsys.readouterr().out
-    assert "srresnet step 4" in output and "srgan step 4" in output
+    assert "srresnet step 4" in output and "srgan step 4" in output and "2 to validate on, few to choose weights" in output
     assert not list(tmp_path.iterdir())
     train.run(["--dry-run", "--device", "cpu", "--scale", "8", "--output", str(tmp_path / "out")])
     made = {path.name for path in (tmp_path / "out").iterdir()}
@@ -222,6 +223,8 @@ def test_srgan_starts_from_srresnet_and_leaves_it_alone(flags, tmp_path):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     facts = load_checkpoint(out / "srgan_x4.pth")[1]
     assert facts["pretraining"]["stage"] == "srresnet" and facts["faces"] == 10
+    faces = train.load_split((flags[flags.index("--train-dir") + 1],), None, 2, False)[0]
+    assert facts["faces_checksum"] == checksum({"faces": faces}) != checksum({"faces": 255 - faces})
     assert facts["pretraining"]["checksum"] == checksum(load_checkpoint(out / "srresnet_x4.pth")[0].state_dict())
     assert str(tmp_path) not in str(facts)  # where somebody's data lie is nobody's business
 
@@ -410,23 +413,34 @@ def test_discriminator_learns_to_tell_real_from_generated(stage):
     assert losses["discriminator"] < 1.25
 
 
-@pytest.mark.parametrize("name, kept", [("srresnet", 2), ("srgan", 3)])
-def test_the_best_is_kept_by_psnr_or_by_vgg_distance(stage, monkeypatch, name, kept):
+@pytest.mark.parametrize("name, measures, kept", [
+    ("srresnet", "vgg lpips", 2), ("srgan", "vgg", 3), ("srgan", "vgg lpips", 1), ("srgan", "", 4)])
+def test_the_best_is_kept_by_psnr_lpips_or_vgg_distance(stage, monkeypatch, name, measures, kept):
+    """SRResNet by PSNR; SRGAN by LPIPS, without by the VGG distance, without both the last."""
     run = stage(name)
-    scores = iter(
-        [
-            dict(psnr=25, psnr_bicubic=24, vgg=0.4),
-            dict(psnr=27, psnr_bicubic=24, vgg=0.3),
-            dict(psnr=26, psnr_bicubic=24, vgg=0.1),
-            dict(psnr=24, psnr_bicubic=24, vgg=0.2),
-        ]
-    )
+    table = zip((25, 27, 26, 24), (0.4, 0.3, 0.1, 0.2), (0.1, 0.2, 0.3, 0.4))
+    scores = iter([dict(psnr=psnr, psnr_bicubic=24) | {measure: value for measure, value in (("vgg", vgg), ("lpips", lpips))
+                                                       if measure in measures} for psnr, vgg, lpips in table])
     real_sheet = train.validate(run.ema.for_inference(), run.val_faces, run.device)[1]
     monkeypatch.setattr(train, "validate", lambda *args: (next(scores), real_sheet))
     for _ in range(4):
         run.train_step()
         run.validate()
     assert load_checkpoint(run.checkpoint)[1]["step"] == kept
+
+
+def test_lpips_is_validated_where_it_is_asked_for(flags, tmp_path, monkeypatch):
+    """Of the result and of bicubic, each against the true face; it cannot begin later, since it chooses the weights."""
+    monkeypatch.setattr(train, "load_lpips", lambda: psnr)
+    train.run([*flags, "--pretrain-steps", "1", "--gan-steps", "1", "--lpips"])
+    lines = log_lines(tmp_path / "out")
+    assert [line["stage"] for line in lines] == ["srresnet", "srgan"]
+    for line, end in itertools.product(lines, ("", "_bicubic")):
+        assert line[f"lpips{end}"] == line[f"psnr{end}"]
+    train.run([*flags, "--pretrain-steps", "0", "--gan-steps", "1"])
+    assert "lpips" not in log_lines(tmp_path / "out")[-1]
+    with pytest.raises(SystemExit, match="--lpips is False in the training to resume"):
+        train.run(["--output", flags[-1], "--resume", "--lpips"])
 
 
 def test_a_saturated_discriminator_is_reported(stage, capsys):
