@@ -32,7 +32,7 @@ from data_loader import (DAMAGES, FACE_SIZE, KERNELS, DataError, choose_output, 
 from loss import (FACES, FRAME, STUDY_KEYS, STUDY_STYLE, Study, added_detail, aimed, build_study, captioned_pairs,
                   compare, fit, load_lpips, photo_rows, photo_sentence, photo_table, plot_comparison, pointed, report,
                   report_study, result_sentence, sample_faces, write_csv)
-from model import (CUDA_FULL, GENTLE, INVENTED, PRECISIONS, PRECISION_HELP, TINY, CheckpointError, Found, Networks,
+from model import (CUDA_FULL, INVENTED, PRECISIONS, PRECISION_HELP, TINY, CheckpointError, Found, Networks,
                    Picture, UsageError, enlargement, locked, read_extras, restore_photos, select_device, shown_share,
                    upscale_pictures, upscale_reduced, write_result, write_results)
 
@@ -117,7 +117,7 @@ def main(args):
     if args.inputs and not files:
         return 2
     networks = Networks(args.checkpoint, device, args.precision)
-    strength = args.strength if args.strength is not None else GENTLE if args.photo and networks.has_knob else 1
+    strength = args.strength if args.strength is not None else networks.usual if args.photo else 1
     generator, faithful = networks(strength), networks(0) if args.added else None
     if args.scale not in (None, generator.scale):
         tqdm.write(f"warning: {args.checkpoint} enlarges {generator.scale} times, whatever --scale says", sys.stderr)
@@ -159,9 +159,8 @@ def main(args):
         if faces:
             write_csv(table, FACES, faces)
         if sheet:
-            notes = [f"{len(sheet)} of {done} shown"] * (len(sheet) < done)
-            notes += [f"strength {strength:g}"] * (strength < 1)
-            plot_comparison(comparison, [row for name in sorted(sheet) for row in sheet[name]], ", ".join(notes))
+            note = f"{len(sheet)} of {done} shown, " * (len(sheet) < done) + f"strength {strength:g}" * (strength < 1)
+            plot_comparison(comparison, [row for name in sorted(sheet) for row in sheet[name]], note.removesuffix(", "))
     except OSError as error:
         failed(f"{error.filename or args.output}: cannot be written ({error.strerror})")
         sheet = {}
@@ -191,6 +190,7 @@ WORDS = f"""
   *Mostly invented*: below {INVENTED} pixels, another person may come out. *Doubtful* (red): hardly like a face.
 - **PSNR** (decibels), **SSIM** (at most 1): how near a result is to the truth. Sharp ones often have less."""
 LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"
+NEXT = "_ => document.querySelector('#faces :has(>.selected) + * img, #faces:has(:last-child>.selected) img').click()"
 STAMP = "(...args) => (args[9] = Date.now(), args)"      # requests may overtake each other: the last wish counts
 PRIVACY = f"""Your pictures stay on the computer that runs this page, in a temporary folder, and are deleted {KEPT}
 minutes after you last worked on them, or when the program ends. Nothing is sent to anybody else."""
@@ -234,18 +234,18 @@ document.addEventListener("keydown", event => {
         line.setAttribute("aria-valuenow", Math.round(50 + 50 * (end - middle) / half)); event.preventDefault();
     }
 });
-const name = (selector, names) => document.querySelectorAll(selector).forEach(element => { for (const key in names)
+const each = (selector, act) => document.querySelectorAll(selector).forEach(act);
+const name = (selector, names) => each(selector, element => { for (const key in names)
     if (element.getAttribute(key) != names[key]) element.setAttribute(key, names[key]); });
 new MutationObserver(() => {
-    for (const element of document.querySelectorAll(".upload-container[aria-label], .empty[aria-label]"))
-        element.removeAttribute("aria-label");      // they say other than what is written there
-    for (const text of document.querySelectorAll(".toast-message-text"))
-        if (text.textContent.includes("image/*")) text.textContent = "This file is not a picture.";
+    each(".upload-container[aria-label], .empty[aria-label]", it => it.removeAttribute("aria-label"));      // misnomers
+    each(".toast-message-text", it => it.textContent.includes("image/*") && (it.textContent = "This is no picture."));
+    each(".caption-label", it => it.style.border = it.textContent.includes("doubtful") ? "3px solid red" : "");
     name("#compare [data-testid=slider]:not([tabindex])", {tabindex: 0, role: "separator", "aria-orientation":
         "vertical", "aria-valuenow": 50, "aria-label": "Line between blurry enlargement and ours: use the arrow keys"});
     name("#compare img", {alt: "The blurry enlargement and ours"}); name("#photo img", {alt: "Your picture"});
     name("#photo button:not([aria-label]):not(.upload-container)", {"aria-label": "Give a picture"});
-}).observe(document, {childList: true, subtree: true});
+}).observe(document, {childList: true, characterData: true, subtree: true});
 for (const type of ["load", "error"]) addEventListener(type, ({target}) => {
     if (target.matches && target.matches("#photo img")) target.style.opacity = +(type == "load"); }, true);
 addEventListener("unhandledrejection", ({reason}) => reason && reason.name == "NotAllowedError" &&
@@ -275,7 +275,7 @@ class Workshop:
         self.device = select_device(args.device)
         self.networks = Networks(args.checkpoint, self.device, args.precision)
         self.files, self.scale, self.has_knob = self.networks.files, self.networks.scale, self.networks.has_knob
-        self.strength = args.strength if args.strength is not None else GENTLE if self.has_knob else 1
+        self.strength = args.strength if args.strength is not None else self.networks.usual
         self.suited = lambda lr: self.networks.suited(max(lr.shape))[1]     # the enlargement for a picture of one face
 
     async def work(self, request, method, *arguments, when=0):
@@ -508,10 +508,9 @@ def build_app(workshop, study):
         return *usual, "Working …", gr.DownloadButton(interactive=False), FRAME
 
     def look_at(path, made, found, event: gr.SelectData, request: gr.Request):
-        pair = opened(event.value["image"]["path"]) if event.index else None        # the first is the photograph
-        face = found[path][event.index - 1] if event.index else None
+        pair, face = (opened(event.value["image"]["path"]), found[path][event.index - 1]) if event.index else [None] * 2
         vars(workshop.last(request.session_hash)).update(seen=face, moved=0)
-        pair = made[:2] if pair is None else tuple(np.hsplit(pair, 2))
+        pair = made[:2] if pair is None else tuple(np.hsplit(pair, 2))      # the first is the photograph
         return {slider: pair, target: face, share: framed(opened(path), face), **offered(made[2], event.index, made[3])}
 
     def offered(strengths, face, marked):
@@ -547,7 +546,7 @@ def build_app(workshop, study):
             yield [], None, f"**{error or 'Not enough memory'}**", gr.Button(interactive=False)
 
     dial = functools.partial(gr.Slider, 0, 1, workshop.strength, step=0.05, label="Strength of all", buttons=[],
-        interactive=workshop.has_knob, info="0: faithful, soft. 1: vivid, more invented. Too sharp, too old? Try 0.3.")
+        interactive=workshop.has_knob, info="0: faithful, soft. 1: vivid, invented. Too sharp, too old? Move it left.")
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
                               visible=False, elem_classes="below")
     tries, people = {}, sample_faces()
@@ -577,7 +576,7 @@ def build_app(workshop, study):
                     truth, invented = small(label="The truth"), small(label="What was invented")
                 with gr.Row(visible=False, equal_height=True, elem_id="this") as this:
                     own = gr.Slider(0, 1, step=0.05, label="Strength of this face", min_width=300, scale=3, buttons=[])
-                    turn, undo = (gr.Button(text, size="md", min_width=110) for text in ("", "Undo face change"))
+                    turn, undo, then = (gr.Button(t, size="md", min_width=99) for t in ("", "Undo change", "Next face"))
                 faces = gr.Gallery(label="Before and after: click one", visible=False, object_fit="contain", buttons=[],
                                    format="png", interactive=False, allow_preview=False, elem_id="faces")
                 with gr.Accordion("Was a face missed?", open=False, visible=False, elem_id="missed") as missed:
@@ -620,6 +619,7 @@ def build_app(workshop, study):
             own.input(mark_strength, [photo, own, marks], marks, trigger_mode="always_last", **hidden)
             gr.on([photo.change, target.change, found.change], draw, [photo, target, found], view, **hidden)
             view.select(aim, [photo, share, found], [target, share], **hidden)
+            then.click(None, js=NEXT)
             share.input(set_size, [photo, target, share], target, **hidden)
             for button, face in ((point, target), (turn, None), (undo, None)):
                 button.click(mark, [button, photo, face or gr.State(), marks], marks, js=LOOK, **hidden)

@@ -279,9 +279,9 @@ class Networks:
         self.load, self.tell = functools.lru_cache(maxsize=48)(load), lambda text: None     # the knob has 21 places
         self.scale = load_checkpoint(checkpoint)[0].scale
         paths = {n: checkpoint.with_name(re.sub(r"_x\d\.pth$", f"_x{n}.pth", checkpoint.name)) for n in (4, 8)}
-        self.files = {n: path for n, path in paths.items() if path != checkpoint and path.exists()}
-        self.files[self.scale] = checkpoint
+        self.files = {n: p for n, p in paths.items() if p != checkpoint and p.exists()} | {self.scale: checkpoint}
         self.has_knob = all(path.with_name(f"srresnet_x{scale}.pth").exists() for scale, path in self.files.items())
+        self.usual = GENTLE if self.has_knob else 1     # strength of photographs, unless another is asked for
 
     def __call__(self, strength=1, scale=None):
         return self.load(round(strength, 2), scale or self.scale)

@@ -440,7 +440,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     page.reload()
     page.get_by_text("An example").wait_for()
     page.locator("#photo input[type=file]").set_input_files(tmp_path / "letter.txt")
-    page.get_by_text("This file is not a picture.").wait_for()
+    page.get_by_text("This is no picture.").wait_for()
     wall = save(tmp_path / "wall.png", (90, 70))
     page.locator("#photo input[type=file]").set_input_files(wall)
     page.get_by_text("no face found").wait_for()
@@ -462,7 +462,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     page.get_by_text("Leave as it was").click()
     page.get_by_text("1 face, 0 restored, 1 left as is (as asked)").wait_for()
     for text in ("1 face, 1 restored", "no face found"):
-        page.get_by_text("Undo face change").click()
+        page.get_by_text("Undo change").click()
         page.get_by_text(text).wait_for()
     page.get_by_role("button", name="Restore it").click()
     page.get_by_text("1: 18 pixels, mostly invented").wait_for()
@@ -487,7 +487,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     page.get_by_text(f"1: 18 pixels, mostly invented {usual}").wait_for()
     own.press("End")  # it has a knob of its own
     page.get_by_text(re.compile("^1: 18 pixels, mostly invented(, doubtful)?$")).wait_for()     # a face on a wall
-    page.get_by_text("Undo face change").click()
+    page.get_by_text("Undo change").click()
     page.get_by_text(f"1: 18 pixels, mostly invented {usual}").wait_for()
     page.locator("#faces button").nth(0).click()
     assert np.array_equal(slider_picture(page, other_than=close), whole)
@@ -518,6 +518,14 @@ def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
     side = int(re.search(r"1: (\d+) pixels", page.locator("#faces").inner_text())[1])
     page.wait_for_function("size => Math.abs(document.querySelector(\"[aria-label*='Frame size']\").value - size) < 0.02",
                            arg=side / 102)
+    seen = slider_picture(page)
+    for number in (2, 0):       # from the last face on to the photograph
+        page.get_by_text("Next face").click()
+        seen = slider_picture(page, other_than=seen)
+        assert "selected" in tiles.nth(number).get_attribute("class")
+    own.wait_for(state="hidden")
+    tiles.nth(1).click()
+    knob_is(usual)
     for _ in range(3):
         own.press("ArrowLeft")
     tiles.nth(2).click()
@@ -544,14 +552,19 @@ def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
     typed.press("Enter")
     page.wait_for_timeout(500)
     for text in (f"restored at {round(usual - 0.2, 2):g}", "2 faces, 0 restored", f"restored at {round(usual - 0.2, 2):g}"):
-        page.get_by_text("Undo face change").click()
+        page.get_by_text("Undo change").click()
         page.locator("#show").get_by_text(text).wait_for()
-    page.get_by_text("Undo face change").click()  # back to what it was, not to what it was at first
+    page.get_by_text("Undo change").click()  # back to what it was, not to what it was at first
     page.locator("#faces").get_by_text(moved).wait_for()
-    page.get_by_text("Undo face change").click()
+    page.get_by_text("Undo change").click()
     page.get_by_text("2 faces, 2 restored").wait_for()
-    page.get_by_text("Undo face change").click()
+    page.get_by_text("Undo change").click()
     page.wait_for_function("usual => document.querySelector(\"[aria-label*='of this face']\").value == usual", arg=usual)
+    caption, red = page.locator("#faces .caption-label").nth(2), "3px solid rgb(255, 0, 0)"
+    for text, shown in (("2: 30 pixels, restored, doubtful", True), ("2: 30 pixels, restored", False)):     # as Gradio does
+        caption.evaluate("(label, text) => { label.firstChild.data = text; }", text)
+        page.wait_for_function("([label, red, shown]) => (getComputedStyle(label).border == red) == shown",
+                               arg=[caption.element_handle(), red, shown])
 
 
 def test_ten_ratings_by_keyboard(app, page):
