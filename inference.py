@@ -32,7 +32,7 @@ from data_loader import (DAMAGES, FACE_SIZE, KERNELS, DataError, choose_output, 
 from loss import (FACES, FRAME, STUDY_KEYS, STUDY_STYLE, Study, added_detail, aimed, build_study, captioned_pairs,
                   compare, fit, load_lpips, photo_rows, photo_sentence, photo_table, plot_comparison, pointed, report,
                   report_study, result_sentence, sample_faces, write_csv)
-from model import (CUDA_FULL, INVENTED, PRECISIONS, PRECISION_HELP, TINY, CheckpointError, Found, Networks,
+from model import (CUDA_FULL, INVENTED, POOR, PRECISIONS, PRECISION_HELP, TINY, CheckpointError, Found, Networks,
                    Picture, UsageError, enlargement, locked, read_extras, restore_photos, select_device, shown_share,
                    upscale_pictures, upscale_reduced, write_result, write_results)
 
@@ -187,7 +187,7 @@ EXAMPLE = "An example: an astronaut from {0} x {0} pixels. Give a picture of you
 DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
 WORDS = f"""
 - **Restored, sharp, small, left, failed**: what was done. *At 0.5*: its strength. *As sharp as 32*: as 32 good pixels.
-  *Mostly invented*: below {INVENTED} pixels, another person may come out. *Doubtful* (red): hardly like a face.
+  *Mostly invented*: below {INVENTED} pixels ({POOR} from a poor JPEG): maybe a stranger. *Doubtful*: hardly a face.
 - **PSNR** (decibels), **SSIM** (at most 1): how near a result is to the truth. Sharp ones often have less."""
 LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"
 NEXT = "_ => document.querySelector('#faces :has(>.selected) + * img, #faces:has(:last-child>.selected) img').click()"

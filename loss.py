@@ -362,7 +362,7 @@ def outcome(patch):
     """Say what was done with a face of a photograph."""
     if patch.action != "restored":
         return patch.action
-    invented, large = len(patch.lr) < INVENTED, len(patch.lr) >= CLEAR
+    invented, large = len(patch.lr) < patch.least, len(patch.lr) >= CLEAR
     return "mostly invented" if invented else "restored (a little)" if large and patch.strength < 1 else "restored"
 
 

@@ -81,19 +81,15 @@ class Generator(nn.Module):
         self.architecture = dict(scale=scale, blocks=blocks, channels=channels, bicubic_residual=bicubic_residual)
         self.scale, self.bicubic_residual = scale, bicubic_residual
         self.head = nn.Sequential(nn.Conv2d(3, channels, 9, padding=4), nn.PReLU())
-        self.body = nn.Sequential(
-            *[ResidualBlock(channels) for _ in range(blocks)],
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+        self.body = nn.Sequential(*[ResidualBlock(channels) for _ in range(blocks)],
+                                  nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
         upsample = OrderedDict()
         for i in range(0, 3 * (scale.bit_length() - 1), 3):
-            upsample |= {f"{i}": nn.Conv2d(channels, 4 * channels, 3, padding=1), f"{i + 1}": nn.PixelShuffle(2),
+            upsample |= {f"{i}": icnr_(nn.Conv2d(channels, 4 * channels, 3, padding=1)), f"{i + 1}": nn.PixelShuffle(2),
                          f"{i + 2}": nn.PReLU()}
         del upsample[f"{i + 1}"]            # the last one is in the tail, after its PReLU: faster, and the same
         self.upsample = nn.Sequential(upsample)
         self.tail = SubpixelConv2d(channels, 3, 9, padding=4)
-        for module in self.upsample:
-            if isinstance(module, nn.Conv2d):
-                icnr_(module)
         if bicubic_residual:
             with torch.no_grad():           # training starts near bicubic, not at noise
                 self.tail.weight.mul_(0.1)
@@ -129,6 +125,7 @@ def icnr_(conv):
     with torch.no_grad():
         for parameter in (conv.weight, conv.bias):
             parameter.copy_(parameter[::4].repeat_interleave(4, dim=0))
+    return conv
 
 
 class SubpixelConv2d(nn.Conv2d):
@@ -527,7 +524,7 @@ def write_results(results):
 # Faces in photographs -----------------------------------------------------------------------------
 
 TINY, GENTLE = 18, 0.7      # pixels: below, eight times gives the better face; strength: people see scratches above it
-INVENTED = 24               # pixels: of less, from a JPEG of 90, more than one face of ten is more like another person
+INVENTED, POOR = 24, 32     # pixels: of less, from a JPEG of 90, or of 80, more than one of ten is more like another
 CLEAR, OWN = 76, 60         # pixels: from here on, strength 0.5 is as good; what is smoothed away is laid back
 DETAIL = 96                 # pixels: what shows more than fits in them is left alone (LPIPS: below, the network wins)
 SOFT = {1: 0.6, 2: 0.82, 4: 0.82}       # of its frame, by enlargement: a face that fits in less of it is blurred
@@ -551,6 +548,7 @@ class Patch:
     turn: float                         # degrees by which that took to turn it counterclockwise
     blurred: bool                       # and so restored
     strength: float | None              # at which it is restored; until then, only one of its own
+    least: int                          # pixels a side: of less, another person may come out
     sr: np.ndarray | None = None
     doubtful: bool = False              # whether the detector hardly takes the result for a face
     share = 1                           # as of a Picture: lr is reduced already
@@ -583,10 +581,10 @@ def with_wishes(found, marked):
 
 def make_patch(photo, face, wish, factor, smallest):
     """Decide what to do with one Face, see `make_patches`."""
-    (top, left, side), turn = face.square(*photo.shape[:2]), 90 * round(face.angle / 90)
+    (top, left, side), turn, least = face.square(*photo.shape[:2]), 90 * round(face.angle / 90), INVENTED
     lr = np.rot90(photo[top:top + side, left:left + side], turn // 90)
     size = working_size(lr)
-    strength, wish = (None, wish) if isinstance(wish, str | None) else (wish, "restored")
+    own, wish = (None, wish) if isinstance(wish, str | None) else (wish, "restored")
     blurred = size < SOFT[factor] * side
     given = max(size, smallest) if blurred else side
     part = 0.85 if size < side / 2 else 1       # of large blurred ones, the last pixels would blacken folds
@@ -594,7 +592,9 @@ def make_patch(photo, face, wish, factor, smallest):
         "sharp" if size > DETAIL or factor == 1 and given == side else "restored")
     if action == "restored":
         size, given = (DETAIL, DETAIL) if size > DETAIL else (size, given)
-        coded = side >= CODED and blockiness(photo, top, left, side) * contrast(lr)[1]      # as the network sees it
+        near = 128 if side < CODED else 0           # alone, a small face has too few blocks
+        coded = blockiness(photo, max(0, top - near), max(0, left - near), side + 2 * near) * contrast(lr)[1]
+        least = POOR if near and coded > 0.7 else INVENTED
         if size > CODED and coded > BLOCKS and not blurred:
             size = given = max(CODED, size * 2 // 3)
         given = max(min(32, given), round(part * given))
@@ -603,7 +603,7 @@ def make_patch(photo, face, wish, factor, smallest):
             lr, turn = cut_face(photo, replace(face, size=side), side if blurred else given), face.angle
         if given < len(lr):
             lr = reduce(lr, given / side) if blurred else resize(lr, given)
-    return Patch(face, top, left, side, size, len(lr), action, lr, turn, blurred and action == "restored", strength)
+    return Patch(face, top, left, side, size, len(lr), action, lr, turn, blurred and action == "restored", own, least)
 
 
 def make_patches(photo, found, factor, smallest=TINY, marked=()):

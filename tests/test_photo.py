@@ -444,6 +444,19 @@ def test_a_face_that_a_jpeg_has_coarsened_is_reduced_to_what_it_shows(portraits,
     assert abs(blocks[0]) < 0.5 and blocks[1] < 1 and blocks[1:] == sorted(blocks[1:]) and blocks[3] > 3
 
 
+def test_of_a_small_face_from_a_poor_jpeg_another_person_may_come_out(portraits):
+    """And is called so: of more pixels than of one without JPEG; of 40 it is the same person."""
+    sides = (26, 30, 22, 40)
+    photo, places = compose(portraits, [("hopper" if i % 2 else "astronaut", side, 0, 11 + 70 * i, 13)
+                                        for i, side in enumerate(sides)], 300, 80)
+    faces = [data_loader.Face(*place[:3], 0, 0.9) for place in places]
+    for quality, invented in ((None, (22,)), (95, (22,)), (75, (26, 30, 22)), (50, (26, 30, 22))):
+        picture = data_loader.jpeg(photo, quality) if quality else photo
+        patches = model.make_patches(picture, faces, 4)
+        assert [loss.outcome(patch) for patch in patches] == [
+            "mostly invented" if side in invented else "restored" for side in sides], quality
+
+
 def test_in_a_dark_face_a_jpeg_of_the_same_quality_coarsens_more(portraits):
     photo, [(x, y, side, _)] = compose(portraits, [("hopper", 80, 0, 40, 40)], 200, 200)
     face = data_loader.Face(x, y, side, 0, 0.9)
