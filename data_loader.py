@@ -209,7 +209,7 @@ def split_files(train_dirs, val_dir=None):
             print(f"warning: {folder}: {named} names are in {TESTED.name}: test faces, left out", file=sys.stderr)
             found = [path for path in found if path.stem not in tested]
         if not found:
-            raise DataError(f"{folder}: no pictures found ({', '.join(SUFFIXES)}), in no subfolder")
+            raise DataError(f"{folder}: no pictures{' but test faces' * bool(named)} found ({', '.join(SUFFIXES)})")
         return found
 
     files = {path.resolve(): path for folder in train_dirs for path in faces_of(folder)}

@@ -27,8 +27,7 @@ from data_loader import (CERTAIN, HOPELESS, SAME, Face, contrast, cut_face, face
                          open_image, reduce, reduction_error, rescale, resize, to_tensor, to_uint8, turning,
                          working_size, write_atomically, write_picture)
 
-FORMAT = "face-srgan/1"
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+FORMAT, PRECISIONS = "face-srgan/1", ("auto", "float32", "bfloat16", "float16")
 PRECISION_HELP = "auto: bfloat16 where the hardware has it, float16 on Volta and Turing, else float32 [%(default)s]"
 CONTENT = 2 * 10**9         # bytes that a .pth file may unpack to; VGG19 has 0.55
 TILE, OVERLAP = 288, 24     # LR pixels; what lies further away changes three values in a million by two grey levels
@@ -218,7 +217,7 @@ def checksum(weights):
 
 def save_checkpoint(path, generator, training):
     """Write a generator's weights and architecture, and the facts of its training, plain values, as one .pth file."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in generator.state_dict().items()}
+    weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in generator.state_dict().items()}
     save_plain(path, {"format": FORMAT, "architecture": generator.architecture, "weights": weights,
                       "checksum": checksum(weights), "training": training})
 
@@ -233,7 +232,7 @@ def load_checkpoint(path):
         architecture, weights = content["architecture"], content["weights"]
         # Before anything is computed or takes memory: plain numbers in bounds, and every shape as it must be.
         known = {name: type(flag.default) for name, flag in inspect.signature(Generator).parameters.items()}
-        if any(type(value) is not known[name] for name, value in architecture.items()) or not (
+        if any(known[name] not in (type(value), type(None)) for name, value in architecture.items()) or not (
                 1 <= architecture["blocks"] <= 256 and 1 <= architecture["channels"] <= 1024):
             raise ValueError
         with torch.device("meta"):
@@ -247,8 +246,8 @@ def load_checkpoint(path):
         if len({tensor.data_ptr() for tensor in weights.values()}) < len(weights) or not all(
                 tensor.is_contiguous() for tensor in weights.values()):
             raise ValueError
-        generator.load_state_dict(weights, assign=True)
-        generator.float()
+        generator = Generator(**architecture)       # for what is not among the weights
+        generator.load_state_dict(weights)
         training = dict(content["training"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         raise CheckpointError(f"{path}: not a generator checkpoint of this project (format {FORMAT})") from None
@@ -365,7 +364,8 @@ def select_dtype(name, device):
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else \
+        f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
 
 
 # Pictures -----------------------------------------------------------------------------------------

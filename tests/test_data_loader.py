@@ -84,6 +84,9 @@ def test_ffhq_tree_gets_its_official_split(tmp_path, capsys):
     for folder in ([tmp_path / "thumbnails128x128"], tmp_path / "test"), ([tmp_path], None):
         assert not {path.stem for files in split_files(*folder) for path in files} & set(tested)
         assert ": 20 names are in ffhq_test.txt" in capsys.readouterr().err
+    (tmp_path / "test" / "new.png").unlink()
+    with pytest.raises(DataError, match="test: no pictures but test faces found"):
+        split_files([tmp_path / "thumbnails128x128"], tmp_path / "test")
 
 
 @pytest.mark.parametrize("first", [0, 60000])

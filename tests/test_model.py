@@ -228,14 +228,23 @@ def test_checkpoint_keeps_weights_architecture_and_facts(tmp_path):
 
 
 def test_an_option_added_to_the_generator_is_kept_and_old_files_stay_readable(tmp_path, tiny_checkpoint, monkeypatch):
+    """With blocks that share their weights, and a buffer that no file holds, too."""
     class Scaled(Generator):
-        def __init__(self, scale=4, blocks=16, channels=64, bicubic_residual=True, res_scale=1.0):
+        def __init__(self, scale=4, blocks=16, channels=64, bicubic_residual=True, res_scale=1.0, gate=None):
             super().__init__(scale, blocks, channels, bicubic_residual)
-            self.architecture["res_scale"] = res_scale
+            self.architecture |= dict(res_scale=res_scale, gate=gate)
+            self.body[blocks - 1] = self.body[0]
+            self.register_buffer("three", torch.full((1,), 3.0), persistent=False)
+
+        def forward(self, lr):
+            return super().forward(lr) * self.three
 
     monkeypatch.setattr("model.Generator", Scaled)
-    save_checkpoint(tmp_path / "new.pth", Scaled(blocks=1, channels=8, res_scale=0.5), {})
-    assert load_checkpoint(tmp_path / "new.pth")[0].architecture["res_scale"] == 0.5
+    new = Scaled(blocks=2, channels=8, res_scale=0.5, gate=0.2).eval()
+    save_checkpoint(tmp_path / "new.pth", new, {})
+    loaded, lr = load_checkpoint(tmp_path / "new.pth")[0], torch.rand(1, 3, 5, 5)
+    assert loaded.architecture == new.architecture and loaded.body[0] is loaded.body[1]
+    assert torch.equal(loaded(lr), new(lr))
     assert load_checkpoint(tiny_checkpoint)[0].architecture["res_scale"] == 1.0
 
 
