@@ -279,7 +279,7 @@ DETECTOR = Path(__file__).resolve().parent / "checkpoints" / "face_detection_yun
 FADED = 128                                 # levels between which nearly all of a picture lies, if it is faded or dark
 DETECTION_VIEWS = ((320, 0), (320, 2), (640, 0), (640, 3), (1280, 0), (2560, 0))    # longest side; sigma of a blur
 PROPOSAL_SCORE, DETECTION_SCORE = 0.5, 0.8  # at first sight; looked at again: below, coffee cups become faces
-CERTAIN, HOPELESS, CLOSE = 0.89, 0.7, 128   # below, a result is doubtful, is none; pixels a side of that second look
+CERTAIN, HOPELESS, CLOSE = 0.89, 0.85, 128  # below, a result is doubtful, is none; pixels a side of that second look
 SAME = 255**2 / 10**3.7                     # mean squared error, of a PSNR of 37 dB, below which pictures look the same
 SHARP, MIRRORED = 80, 0.12                  # of a face to train on: least working size, most of its side outside
 

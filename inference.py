@@ -190,7 +190,8 @@ WORDS = f"""
   *Mostly invented*: below {INVENTED} pixels ({POOR} from a poor JPEG): maybe a stranger. *Doubtful*: hardly a face.
 - **PSNR** (decibels), **SSIM** (at most 1): how near a result is to the truth. Sharp ones often have less."""
 LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"
-NEXT = "_ => document.querySelector('#faces :has(>.selected) + * img, #faces:has(:last-child>.selected) img').click()"
+NEXT = ("_ => document.querySelector('#faces :has(>.selected) + * img, "       # after the last comes the first
+        "#faces:has(:last-child>.selected) .grid-container>*+* img').click()")
 STAMP = "(...args) => (args[9] = Date.now(), args)"      # requests may overtake each other: the last wish counts
 PRIVACY = f"""Your pictures stay on the computer that runs this page, in a temporary folder, and are deleted {KEPT}
 minutes after you last worked on them, or when the program ends. Nothing is sent to anybody else."""
@@ -264,8 +265,7 @@ def only_this_host(app):
 
 
 class Workshop:
-    """What the command does with a picture, for the interface. Results lie in `folder`; one tile is computed at a
-    time, in order of arrival, so that nobody's large picture holds up somebody's face."""
+    """What the command does, for the interface. Results lie in `folder`; tiles are computed one at a time, in turn."""
 
     def __init__(self, args, folder):
         self.args, self.folder, self.jobs, self.found = args, folder, {}, defaultdict(Found)
@@ -514,10 +514,10 @@ def build_app(workshop, study):
         return {slider: pair, target: face, share: framed(opened(path), face), **offered(made[2], event.index, made[3])}
 
     def offered(strengths, face, marked):
-        left = strengths[face] is False or strengths[face] is None      # None: too small, or the whole photograph
+        left = (now := strengths[face]) is False or now is None     # None: too small, or the whole photograph
         return {this: gr.Row(visible=bool(face or marked)), undo: gr.Button(interactive=bool(marked)),
-                turn: gr.Button("Restore face" if left else "Leave as it was", visible=strengths[face] is not None),
-                own: gr.Slider(value=strengths[face] or 0, visible=not left and workshop.has_knob)}
+                turn: gr.Button("Restore face" if left else "Leave as it was", visible=now is not None), own: gr.Slider(
+                    value=now or 0, visible=not left and workshop.has_knob, label=f"Strength of face {face}")}
 
     def mark(wish, path, face, marks, request: gr.Request):
         last = workshop.last(request.session_hash)
@@ -545,7 +545,7 @@ def build_app(workshop, study):
         except (DataError, CheckpointError, UsageError, OSError, MemoryError) as error:
             yield [], None, f"**{error or 'Not enough memory'}**", gr.Button(interactive=False)
 
-    dial = functools.partial(gr.Slider, 0, 1, workshop.strength, step=0.05, label="Strength of all", buttons=[],
+    dial = functools.partial(gr.Slider, 0, 1, workshop.strength, step=0.05, label="Strength", buttons=[],
         interactive=workshop.has_knob, info="0: faithful, soft. 1: vivid, invented. Too sharp, too old? Move it left.")
     small = functools.partial(gr.Image, format="png", interactive=False, buttons=["fullscreen"], height=280,
                               visible=False, elem_classes="below")
@@ -575,7 +575,7 @@ def build_app(workshop, study):
                     pixels = small(label="The small picture", elem_classes=["below", "pixels"])
                     truth, invented = small(label="The truth"), small(label="What was invented")
                 with gr.Row(visible=False, equal_height=True, elem_id="this") as this:
-                    own = gr.Slider(0, 1, step=0.05, label="Strength of this face", min_width=300, scale=3, buttons=[])
+                    own = gr.Slider(0, 1, step=0.05, label="Strength of face", min_width=300, scale=3, buttons=[])
                     turn, undo, then = (gr.Button(t, size="md", min_width=99) for t in ("", "Undo change", "Next face"))
                 faces = gr.Gallery(label="Before and after: click one", visible=False, object_fit="contain", buttons=[],
                                    format="png", interactive=False, allow_preview=False, elem_id="faces")

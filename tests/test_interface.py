@@ -457,7 +457,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     page.get_by_role("button", name="Restore it").click()
     page.get_by_text("1 face, 1 restored").wait_for()
     page.get_by_text("1: 18 pixels, mostly invented").wait_for()
-    page.get_by_role("slider", name="of this face").wait_for()  # it is what one looks at now
+    page.get_by_role("slider", name="of face").wait_for()  # it is what one looks at now
     assert "selected" in page.locator("#faces button").nth(1).get_attribute("class")
     page.get_by_text("Leave as it was").click()
     page.get_by_text("1 face, 0 restored, 1 left as is (as asked)").wait_for()
@@ -467,7 +467,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
     page.get_by_role("button", name="Restore it").click()
     page.get_by_text("1: 18 pixels, mostly invented").wait_for()
     page.locator("#faces button").nth(0).click()
-    page.get_by_role("slider", name="of this face").wait_for(state="hidden")
+    page.get_by_role("slider", name="of face").wait_for(state="hidden")
     whole = slider_picture(page)
     page.locator("#faces button").nth(1).click()  # its frame is where the click was
     face = Image.fromarray(slider_picture(page, other_than=whole))
@@ -483,7 +483,7 @@ def test_a_face_is_pointed_at_by_hand(app, page, tmp_path):
             break
         page.wait_for_timeout(100)
     assert ours.get_attribute("src") != shown and np.array_equal(slider_picture(page), close)
-    own, usual = page.get_by_role("slider", name="of this face"), "at 0.65"
+    own, usual = page.get_by_role("slider", name="of face"), "at 0.65"
     page.get_by_text(f"1: 18 pixels, mostly invented {usual}").wait_for()
     own.press("End")  # it has a knob of its own
     page.get_by_text(re.compile("^1: 18 pixels, mostly invented(, doubtful)?$")).wait_for()     # a face on a wall
@@ -505,12 +505,12 @@ def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
     page.locator("#photo input[type=file]").set_input_files(tmp_path / "two.png")
     page.get_by_text("2 faces, 2 restored").wait_for()
     missed.click()
-    own, tiles = page.get_by_role("slider", name="of this face"), page.locator("#faces button")
+    own, tiles = page.get_by_role("slider", name="of face"), page.locator("#faces button")
     assert not own.is_visible()
 
     def knob_is(value):     # it may be seen before it has moved
         own.wait_for()
-        page.wait_for_function("value => document.querySelector(\"[aria-label*='of this face']\").value == value", arg=value)
+        page.wait_for_function("value => document.querySelector(\"[aria-label*='of face']\").value == value", arg=value)
 
     usual = float(page.locator("#knobs").get_by_role("slider", name="Strength").input_value())
     tiles.nth(1).click()
@@ -519,12 +519,11 @@ def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
     page.wait_for_function("size => Math.abs(document.querySelector(\"[aria-label*='Frame size']\").value - size) < 0.02",
                            arg=side / 102)
     seen = slider_picture(page)
-    for number in (2, 0):       # from the last face on to the photograph
+    for number in (2, 1):       # after the last comes the first
         page.get_by_text("Next face").click()
         seen = slider_picture(page, other_than=seen)
         assert "selected" in tiles.nth(number).get_attribute("class")
-    own.wait_for(state="hidden")
-    tiles.nth(1).click()
+        page.get_by_role("slider", name=f"of face {number}").wait_for()
     knob_is(usual)
     for _ in range(3):
         own.press("ArrowLeft")
@@ -559,7 +558,7 @@ def test_each_face_has_a_knob_that_stays_with_it(app, page, tmp_path):
     page.get_by_text("Undo change").click()
     page.get_by_text("2 faces, 2 restored").wait_for()
     page.get_by_text("Undo change").click()
-    page.wait_for_function("usual => document.querySelector(\"[aria-label*='of this face']\").value == usual", arg=usual)
+    page.wait_for_function("usual => document.querySelector(\"[aria-label*='of face']\").value == usual", arg=usual)
     caption, red = page.locator("#faces .caption-label").nth(2), "3px solid rgb(255, 0, 0)"
     for text, shown in (("2: 30 pixels, restored, doubtful", True), ("2: 30 pixels, restored", False)):     # as Gradio does
         caption.evaluate("(label, text) => { label.firstChild.data = text; }", text)
