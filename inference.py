@@ -575,7 +575,7 @@ def build_app(workshop, study):
                     pixels = small(label="The small picture", elem_classes=["below", "pixels"])
                     truth, invented = small(label="The truth"), small(label="What was invented")
                 with gr.Row(visible=False, equal_height=True, elem_id="this") as this:
-                    own = gr.Slider(0, 1, step=0.05, label="Strength of face", min_width=300, scale=3, buttons=[])
+                    own = gr.Slider(0, 1, step=0.05, label="Strength of face", min_width=300, scale=2, buttons=[])
                     turn, undo, then = (gr.Button(t, size="md", min_width=99) for t in ("", "Undo change", "Next face"))
                 faces = gr.Gallery(label="Before and after: click one", visible=False, object_fit="contain", buttons=[],
                                    format="png", interactive=False, allow_preview=False, elem_id="faces")
