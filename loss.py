@@ -408,7 +408,7 @@ def photo_sentence(picture, sr):
     parts += [f"look closely at face{'s' * (len(doubtful) > 1)} {' and '.join(doubtful)} (doubtful)"] * bool(doubtful)
     failed = " and ".join(str(number) for number, patch in enumerate(patches, 1) if patch.action == "failed")
     words = {"sharp": "left as is (sharp already)", "left": "left as is (as asked)", "small": "too small",
-             "failed": f"left as is (no face came out of number {failed})"}
+             "failed": f"left as is (no good face came out of number {failed})"}
     parts += [f"{numbers[action]} {text}" for action, text in words.items() if numbers[action]]
     if factor == picture.found.times < enlargement(picture.lr):
         parts += [f"{f'enlarged {factor} times only' if factor > 1 else 'not enlarged'}, since the faces are blurred"]

@@ -529,7 +529,7 @@ def test_a_result_that_is_hardly_a_face_is_called_doubtful_and_what_is_none_stay
         left, _ = restore(generator, photo, marked=[(patch.face, "left")])
         assert failed.action == "failed" and not failed.doubtful and np.array_equal(kept, left)
         picture = Picture("a", None, photo, patches=[failed], marked=[(patch.face, "failed")])
-        assert "1 face, 0 restored, 1 left as is (no face came out of number 1)" in loss.photo_sentence(picture, kept)
+        assert "1 face, 0 restored, 1 left as is (no good face came out of number 1)" in loss.photo_sentence(picture, kept)
         assert loss.photo_table(picture)[0][-3:] == ("failed", "", 0)
         assert patch.action == "restored" and patch.doubtful
         picture = Picture("a", None, photo, patches=[patch])
