@@ -121,7 +121,7 @@ def main(args):
     generator, faithful = networks(strength), networks(0) if args.added else None
     if args.scale not in (None, generator.scale):
         tqdm.write(f"warning: {args.checkpoint} enlarges {generator.scale} times, whatever --scale says", sys.stderr)
-    lpips = load_lpips() if args.lpips else None
+    lpips = load_lpips(device) if args.lpips else None
     args.output.mkdir(parents=True, exist_ok=True)
     scores, sheet, faces, taken, done, finished, blurred = {}, {}, [], set(), 0, 0, 0
     comparison, table = (choose_output(Path(name), args.output, taken, suffix) for name, suffix in (
@@ -186,8 +186,8 @@ of many faces that fit, no evidence of who somebody is. Never identify anyone by
 EXAMPLE = "An example: an astronaut from {0} x {0} pixels. Give a picture of your own to see it here instead."
 DELETED = "**Your picture and its result have been deleted by now, as promised below. Give it again to see it again.**"
 WORDS = f"""
-- **Restored, sharp, small, left, failed**: what was done. *At 0.5*: its strength. *As sharp as 32*: as 32 good pixels.
-  *Mostly invented*: below {INVENTED} pixels ({POOR} from a poor JPEG): maybe a stranger. *Doubtful*: hardly a face.
+- **Restored, sharp, small, left, failed**: what was done. *At 0.5*: its strength. *As sharp as 32*: as 32 good pixels,
+  or less. *Mostly invented*: below {INVENTED} ({POOR} from a poor JPEG): maybe a stranger. *Doubtful*: hardly a face.
 - **PSNR** (decibels), **SSIM** (at most 1): how near a result is to the truth. Sharp ones often have less."""
 LOOK = "(...args) => (document.querySelector('#compare').scrollIntoView({block: 'nearest'}), args)"
 NEXT = ("_ => document.querySelector('#faces :has(>.selected) + * img, "       # after the last comes the first

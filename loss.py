@@ -179,14 +179,14 @@ def psnr(a, b):
     return float(10 * np.log10(255 ** 2 / error)) if error > 0 else 100.0
 
 
-def load_lpips():
+def load_lpips(device="cpu"):
     """Load LPIPS (Zhang et al. 2018, arXiv:1801.03924; AlexNet, version 0.1), whose package is no requirement: a
     function of two (H, W, 3) uint8 pictures, nan for those smaller than 32. Raises UsageError."""
     try:
         from lpips import LPIPS as Lpips
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            network = Lpips(net="alex", verbose=False).eval()
+            network = Lpips(net="alex", verbose=False).eval().to(device)
     except ImportError:
         raise UsageError("--lpips needs a package that is no requirement: pip install lpips") from None
     except OSError as error:
@@ -195,7 +195,7 @@ def load_lpips():
     @torch.no_grad()
     def distance(a, b):
         large = min(a.shape[:2]) > 31
-        return network(*(to_tensor([picture]) * 2 - 1 for picture in (a, b))).item() if large else np.nan
+        return network(*(to_tensor([x]).to(device) * 2 - 1 for x in (a, b))).item() if large else np.nan
 
     return distance
 

@@ -553,7 +553,7 @@ def main(args):
     features = None
     if args.vgg_weights != "none":
         features = VGGFeatures(args.vgg_layer, args.vgg_weights).to(device, memory_format=torch.channels_last)
-    lpips = load_lpips() if args.lpips and main_process else None
+    lpips = load_lpips(device) if args.lpips and main_process else None
 
     # Setup state: where an interrupted training goes on, or nothing.
     state = read_state(args.output / STATE) if args.resume else None

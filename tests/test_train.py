@@ -431,7 +431,7 @@ def test_the_best_is_kept_by_psnr_lpips_or_vgg_distance(stage, monkeypatch, name
 
 def test_lpips_is_validated_where_it_is_asked_for(flags, tmp_path, monkeypatch):
     """Of the result and of bicubic, each against the true face; it cannot begin later, since it chooses the weights."""
-    monkeypatch.setattr(train, "load_lpips", lambda: psnr)
+    monkeypatch.setattr(train, "load_lpips", lambda device: psnr)
     train.run([*flags, "--pretrain-steps", "1", "--gan-steps", "1", "--lpips"])
     lines = log_lines(tmp_path / "out")
     assert [line["stage"] for line in lines] == ["srresnet", "srgan"]
