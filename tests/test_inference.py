@@ -1,5 +1,6 @@
 import csv
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -613,17 +614,18 @@ def read_image_size(path):
     return tuple(int.from_bytes(path.read_bytes()[16 + 4 * i:20 + 4 * i], "big") for i in range(2))
 
 
-def test_names_that_are_not_utf8(tmp_path, tiny_checkpoint):
+def test_names_that_are_not_utf8(run, tmp_path, monkeypatch):
     """In the table and the figure, and on a screen that knows Latin-1 only."""
     save(tmp_path / "in" / "b.png", noise(32, 32))
     os.rename(tmp_path / "in" / "b.png", os.fsencode(tmp_path) + b"/in/b\xff\xe9.png")
     save(tmp_path / "in" / "顔.png", noise(32, 32))
-    call = [sys.executable, ROOT / "inference.py", "in", "--simulate", "--checkpoint", tiny_checkpoint, "--device", "cpu"]
-    done = subprocess.run(call, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
-    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
-    assert os.path.exists(os.fsencode(tmp_path) + b"/results/b\xff\xe9.png")
-    names = [line.split(",")[0] for line in (tmp_path / "results" / "metrics.csv").read_text("utf-8").splitlines()[1:]]
-    assert sorted(names) == ["b\ufffd\ufffd", "顔"] and (tmp_path / "results" / "comparison.png").exists()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1"))
+    assert run(tmp_path / "in", "--simulate") == 0
+    sys.stdout.flush()
+    assert rb"b\ufffd\ufffd has less than 18 pixels" in sys.stdout.buffer.getvalue()
+    assert os.path.exists(os.fsencode(tmp_path) + b"/out/b\xff\xe9.png")
+    names = [line.split(",")[0] for line in (tmp_path / "out" / "metrics.csv").read_text("utf-8").splitlines()[1:]]
+    assert sorted(names) == ["b\ufffd\ufffd", "顔"] and (tmp_path / "out" / "comparison.png").exists()
 
 
 def test_damaged_ground_truth_costs_its_picture_alone(run, tmp_path, capsys):

@@ -3,8 +3,11 @@ import functools
 import importlib
 import itertools
 import json
+import os
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,14 +79,9 @@ def assert_equal(a, b, name="state"):
         assert a == b, name
 
 
-def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-    )
+def start(*arguments, **environment):
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *arguments], cwd=ROOT, env=os.environ | environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(process, condition):
@@ -481,14 +479,15 @@ def test_full_disk_keeps_the_last_state(flags, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob("*.tmp")) and not list((tmp_path / "out").glob(".*.tmp"))
 
 
-def test_a_full_disk_is_one_sentence_that_names_the_file(flags, tmp_path):
+def test_a_full_disk_is_one_sentence_that_names_the_file(flags):
     """What torch.save makes of a file that cannot be written is a RuntimeError without the reason."""
-    call = [*flags, "--pretrain-steps", "2", "--gan-steps", "0"]
-    code = f"import resource, train; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); train.run({call})"
-    done = subprocess.run([sys.executable, "-c", f"import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); {code}"],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "File too large" in done.stderr and train.STATE in done.stderr
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match=f"^train.py: .*File too large.*{train.STATE}"):
+            train.run([*flags, "--pretrain-steps", "2", "--gan-steps", "0"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_curves_of_a_training_that_got_another_loss_on_the_way(tmp_path):
@@ -554,18 +553,22 @@ def test_a_resumed_training_keeps_its_losses(flags, tmp_path, monkeypatch):
         train.run(["--resume", "--output", str(out)])
 
 
-def test_one_training_a_folder(flags, tmp_path):
-    """The second is refused, until the first one's process is gone, however it went."""
-    out = tmp_path / "out"
-    process = start(*flags, "--pretrain-steps", "100000", "--gan-steps", "0")
-    wait_for(process, lambda: (out / train.STATE).exists())
-    with pytest.raises(SystemExit) as stop:
-        train.run([*flags, "--pretrain-steps", "1", "--gan-steps", "0"])
-    assert "another training" in str(stop.value)
-    process.kill()
-    process.communicate()
-    train.run([*flags, "--pretrain-steps", "1", "--gan-steps", "0"])
-    assert load_plain(out / train.STATE)["progress"]["step"] == 1
+def test_one_training_a_folder(flags, tmp_path, monkeypatch):
+    """The second is refused until the first has ended, however it did (of kill -9: see above)."""
+    call, step = [*flags, "--pretrain-steps", "1", "--gan-steps", "0"], train.Stage.train_step
+
+    def step_and_train_there_too(stage):
+        monkeypatch.setattr(train.Stage, "train_step", step)
+        with pytest.raises(SystemExit, match="another training is writing there"):
+            train.run(call)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Stage, "train_step", step_and_train_there_too)
+    with pytest.raises(SystemExit) as stopped:
+        train.run(call)
+    assert stopped.value.code == 130
+    train.run(call)
+    assert load_plain(tmp_path / "out" / train.STATE)["progress"]["step"] == 1
 
 
 def test_a_signal_during_the_last_validation_ends_the_training(flags, tmp_path, monkeypatch):
@@ -650,23 +653,24 @@ def test_a_bfloat16_training_is_resumed_in_float16(flags, tmp_path):
 
 
 def test_two_processes_train_what_one_trains(flags, tmp_path):
-    """torchrun with half of the batch each gives what one process gives with the whole batch: gradients averaged,
-    batch norm and its running statistics over both, the same degradations."""
+    """As torchrun starts them, with half of the batch each: gradients averaged, batch norm and its running statistics
+    over both, the same degradations."""
     call = [*flags, "--precision", "float32", "--batch-size", "6", "--pretrain-steps", "2", "--gan-steps", "3"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train.py",
-         *call, "--output", str(tmp_path / "two")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free.getsockname()[1]}", "WORLD_SIZE": "2"}
+    processes = [start(*call, "--output", str(tmp_path / "two"), RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
     train.run(call)
-    said, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert said.count("srresnet step 2") == 1 and "2 processes" in said
+    said, silent = (process.communicate()[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], said + silent
+    assert said.count("srresnet step 2") == 1 and "2 processes" in said and "step" not in silent
     one, two = (load_plain(tmp_path / name / train.STATE) for name in ("out", "two"))
     assert [(line["stage"], line["step"]) for line in log_lines(tmp_path / "two")] == [("srresnet", 2), ("srgan", 3)]
     torch.manual_seed(0)
     begun = {"generator": Generator(blocks=1, channels=8), "discriminator": Discriminator(8)}
     for part, network in begun.items():
-        for key, start in network.state_dict().items():
-            expected = one["parts"][part][key].double() - start
+        for key, initial in network.state_dict().items():
+            expected = one["parts"][part][key].double() - initial
             assert expected.norm() > 0, key
             # Adam divides each gradient by its own size, so rounding shows where one is nearly zero.
             error = two["parts"][part][key].double() - one["parts"][part][key]
@@ -705,14 +709,16 @@ def test_compiled_networks_train_the_same(stage, monkeypatch):
         assert (compiled[key] - expected).norm() < 0.01 * expected.norm(), key
 
 
-def test_without_a_compiler_one_sentence(tmp_path, monkeypatch):
-    """Of the smallest network, and without a discriminator: the compiler is looked for before anything is trained."""
-    config = importlib.import_module("torch._inductor.config")
-    monkeypatch.setattr(config.cpp, "cxx", ("/nonexistent/c++",))
-    monkeypatch.setattr(config, "compile_threads", 1)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    with pytest.raises(SystemExit, match="^train.py: the networks cannot be compiled"):
-        train.run(["--dry-run", "--compile", "--device", "cpu", "--blocks", "1", "--channels", "1"])
+def test_without_a_compiler_one_sentence(monkeypatch):
+    """And before anything is trained."""
+    def no_compiler(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_in_place(self, backend=no_compiler))
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: pytest.fail("it was trained"))
+    with pytest.raises(SystemExit, match=r"^train.py: the networks cannot be compiled \(.+\); leave out --compile$"):
+        train.run(["--dry-run", "--compile", *TINY[:4], "--device", "cpu"])
 
 
 def test_a_missing_folder_is_said_before_vgg_is_looked_for(tmp_path, monkeypatch):
