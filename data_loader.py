@@ -194,8 +194,8 @@ def split_files(train_dirs, val_dir=None):
     """List the training and the validation files of some folders; they never share a file.
     With `val_dir`, its pictures validate and all others train. Without, FFHQ's own tree (`.../00000/00000.png`) gets
     its official split, ids below 60000 to train; in any other folder, and a part of FFHQ without ids of both kinds, a
-    checksum of the name chooses about one file in twenty, so that adding files never moves one. TESTED faces are left
-    out; of other folders than FFHQ's own, where twenty or more files are called like them, with a warning."""
+    checksum of the name chooses about one file in twenty, so that adding files never moves one. What is called like a
+    TESTED face is left out, of other folders than FFHQ's own with a warning."""
     def in_ffhq(path):
         return re.fullmatch(r"(\d\d)000/\1\d{3}", f"{path.parent.name}/{path.stem}")
 
@@ -203,11 +203,11 @@ def split_files(train_dirs, val_dir=None):
         return zlib.crc32(os.fsencode(path.name)) % 100 < VAL_PERCENT
 
     def faces_of(folder):
-        tested = set(TESTED.read_text().split())
-        found = [path for path in find_images(folder) if path.stem not in tested or not in_ffhq(path)]
-        if (named := sum(path.stem in tested for path in found)) >= 20:     # some are in every numbered folder
-            print(f"warning: {folder}: {named} names are in {TESTED.name}: test faces, left out", file=sys.stderr)
-            found = [path for path in found if path.stem not in tested]
+        tested, found = set(TESTED.read_text().split()), find_images(folder)
+        named = {path for path in found if path.stem.removeprefix("img000") in tested}      # StyleGAN's tree has "img000"
+        if strange := sum(not in_ffhq(path) for path in named):
+            print(f"warning: {folder}: {strange} names are in {TESTED.name}: test faces, left out", file=sys.stderr)
+        found = [path for path in found if path not in named]
         if not found:
             raise DataError(f"{folder}: no pictures{' but test faces' * bool(named)} found ({', '.join(SUFFIXES)})")
         return found
@@ -659,7 +659,7 @@ def simulate(hr, scale, kernel="bicubic", damage="none"):
     if not height or not width:
         raise DataError(f"only {hr.shape[1]}x{hr.shape[0]} pixels, too small to reduce")
     hr = np.ascontiguousarray(hr[:height, :width])
-    rng = np.random.default_rng(zlib.crc32(hr.tobytes()) if damage == "wild" else 0)
+    rng = np.random.default_rng(zlib.crc32(hr.tobytes()))
     sigma, deviation, quality = DAMAGES[damage]
     if damage == "wild":
         angle, zoom, kernel = rng.uniform(-30, 30), rng.uniform(0.55, 1), rng.choice(list(KERNELS)[:6])    # no more

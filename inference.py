@@ -81,6 +81,7 @@ def read_pictures(args, files, scale, taken, failed):
             hint = f"more than {FACE_AT_MOST} pixels, taken for one face; --photo finds faces" * (side > FACE_AT_MOST) \
                 or f"less than {TINY} pixels; --scale 8 is better for that" * (side < TINY and scale == 4)
             hint = f"{side} pixels: try without --photo" * (side <= FACE_AT_MOST) if args.photo else hint
+            hint = hint if hr is None else f"{len(hr)} pixels a side; our tables are of 128" * (len(hr) != FACE_SIZE)
             if hint not in told:        # before it takes its time; once is enough
                 told.append(hint)
                 tqdm.write(f"hint: {name} has {hint}")
@@ -91,8 +92,7 @@ def read_pictures(args, files, scale, taken, failed):
             marked = [(faces[number - 1], wish) for number, wish in wishes]
             yield Picture(name, output, lr, alpha, hr, sr, share, Found(faces), marked=marked, extras=read_extras(path))
         except (DataError, OSError, MemoryError) as error:
-            reason = str(error) or "not enough memory"
-            failed(reason if str(path) in reason else f"{path}: {reason}")
+            failed(str(error) if str(path) in str(error) else f"{path}: {str(error) or 'not enough memory'}")
 
 
 def photo_suffix(path, alpha):
@@ -217,7 +217,7 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button):has(#rest bu
     #status p, #intro p {font-size: .85em} #intro h1 {font-size: 1.4em} :is(#faces, #missed) {order: 1} #rest {order: 2}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
     #photo {height: 120px !important; min-height: 0 !important} #faces button {aspect-ratio: 1; padding-bottom: 4.6em}
-    #cancel:enabled {position: fixed; bottom: 1em; right: 1em; z-index: 9; box-shadow: 0 0 9px #0008}
+    #cancel:enabled {position: fixed; bottom: 1em; right: 1em; z-index: 9} #cancel:enabled::before {content: "Working … "}
     #compare:not(.fullscreen) {height: calc(84vw + 30px) !important} .caption-label {font-size: 10px !important}}"""
 KEYS = """<script>      // what Gradio's slider, which knows the mouse alone, lacks; alternative texts
 document.addEventListener("keydown", event => {

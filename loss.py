@@ -105,7 +105,7 @@ def lattice_loss(sr, hr, period=4, window=8):
     height, width = (side - side % period for side in sr.shape[2:])
     error = F.pixel_unshuffle((sr - hr)[..., :height, :width], period).unflatten(1, (3, -1))    # (N, 3, period^2, h, w)
     pattern = (error - error.mean(2, keepdim=True)).flatten(1, 2)
-    return F.avg_pool2d(pattern, min(window, *pattern.shape[2:]), window // 2).square().mean()
+    return F.avg_pool2d(pattern, min(window, *pattern.shape[2:]), window // 2).square().mean()      # a rest counts not
 
 
 def adversarial_loss(fake_logits):

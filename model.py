@@ -133,12 +133,12 @@ class SubpixelConv2d(nn.Conv2d):
     size for the small grid; and of its twelve outputs, unlike of three, a processor's wide registers are full."""
 
     def forward(self, features):
-        reach = self.kernel_size[0] // 2
-        if self.kernel_size[0] % 4 != 1 or self.padding[0] != reach or self.bias is None:     # the usual way
+        reach, usual = self.kernel_size[0] // 2, ((1, 1), (1, 1), 1, "zeros")
+        if (self.stride, self.dilation, self.groups, self.padding_mode) != usual or reach % 2 or self.bias is None \
+                or self.kernel_size != (2 * reach + 1,) * 2 or self.padding != (reach, reach):      # as it stands above
             return super().forward(F.pixel_shuffle(features, 2))
         kernel = F.pad(self.weight, (1, 1, 1, 1))           # (outputs, C, 4k + 3, 4k + 3)
-        size = kernel.shape[-1] - 1
-        kernel = torch.stack([F.pixel_unshuffle(kernel[..., y:y + size, x:x + size], 2)
+        kernel = torch.stack([F.pixel_unshuffle(kernel[..., y:y + 2 * reach + 2, x:x + 2 * reach + 2], 2)
                               for y in (1, 0) for x in (1, 0)], dim=1).flatten(0, 1)
         return F.pixel_shuffle(F.conv2d(features, kernel, self.bias.repeat_interleave(4), padding=reach // 2), 2)
 

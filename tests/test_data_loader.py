@@ -69,7 +69,7 @@ def test_downscale_is_quantised_and_antialiased():
 
 
 def test_ffhq_tree_gets_its_official_split(tmp_path, capsys):
-    """And the faces that the scores come from are left out of it, and elsewhere, but for a few, with a warning."""
+    """And the faces that the scores come from are left out of it, and elsewhere, with a warning."""
     for number in (0, 3, 999, 1000, 1098, 59999, 60000, 69999):
         write(
             tmp_path / "thumbnails128x128" / f"{number // 1000:02d}000" / f"{number:05d}.png", gradient(8, 8)
@@ -84,6 +84,11 @@ def test_ffhq_tree_gets_its_official_split(tmp_path, capsys):
     for folder in ([tmp_path / "thumbnails128x128"], tmp_path / "test"), ([tmp_path], None):
         assert not {path.stem for files in split_files(*folder) for path in files} & set(tested)
         assert ": 20 names are in ffhq_test.txt" in capsys.readouterr().err
+    (tmp_path / "00003").mkdir()
+    for name in ("img00003000", f"img000{tested[0]}"):      # StyleGAN's tree
+        (tmp_path / "00003" / f"{name}.png").touch()
+    assert [path.stem for path in split_files([tmp_path / "00003"], tmp_path / "thumbnails128x128")[0]] == ["img00003000"]
+    assert ": 1 names are in ffhq_test.txt" in capsys.readouterr().err
     (tmp_path / "test" / "new.png").unlink()
     with pytest.raises(DataError, match="test: no pictures but test faces found"):
         split_files([tmp_path / "thumbnails128x128"], tmp_path / "test")

@@ -122,7 +122,9 @@ def test_the_tail_on_the_small_grid_is_the_tail(scale):
     (lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(8, 32, 3, padding=1), nn.LeakyReLU(0.2)),
      lambda: SubpixelConv2d(8, 3, 3, padding=1)),
     (lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(8, 32, 3, padding=1), nn.LeakyReLU(0.2)),
-     lambda: SubpixelConv2d(8, 3, 5, padding=2, bias=False))])
+     lambda: SubpixelConv2d(8, 3, 5, padding=2, bias=False)),
+    *((lambda: nn.Upsample(scale_factor=2), lambda options=options: SubpixelConv2d(2, 3, 5, **options)) for options in (
+        dict(padding=2, padding_mode="reflect"), dict(padding=4, dilation=2), dict(padding="same")))])
 def test_another_way_of_upsampling_needs_no_other_change(upsample, tail):
     torch.manual_seed(0)
     generator, lr = Generator(blocks=1, channels=8).eval(), torch.rand(2, 3, 5, 6)
@@ -130,8 +132,7 @@ def test_another_way_of_upsampling_needs_no_other_change(upsample, tail):
     features = generator.head(lr)
     features = generator.upsample(features + generator.body(features))
     if isinstance(generator.tail, SubpixelConv2d):
-        sr = F.conv2d(F.pixel_shuffle(features, 2), generator.tail.weight, generator.tail.bias,
-                      padding=generator.tail.padding)
+        sr = nn.Conv2d.forward(generator.tail, F.pixel_shuffle(features, 2))
     else:
         sr = generator.tail(features)
     for net in (generator, generator.for_inference()):
