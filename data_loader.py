@@ -206,9 +206,9 @@ def split_files(train_dirs, val_dir=None):
         tested, found = set(TESTED.read_text().split()), find_images(folder)
         named = {path for path in found if path.stem.removeprefix("img000") in tested}      # StyleGAN's tree has "img000"
         if strange := sum(not in_ffhq(path) for path in named):
-            print(f"warning: {folder}: {strange} names are in {TESTED.name}: test faces, left out", file=sys.stderr)
-        found = [path for path in found if path not in named]
-        if not found:
+            print(f"warning: {folder}: {strange} called as in {TESTED.name}, so test faces, are left out (if they are "
+                  "others, rename them)", file=sys.stderr)
+        if not (found := [path for path in found if path not in named]):
             raise DataError(f"{folder}: no pictures{' but test faces' * bool(named)} found ({', '.join(SUFFIXES)})")
         return found
 

@@ -54,9 +54,8 @@ class VGGFeatures(nn.Module):
             state = VGG19_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True) if weights is None \
                 else load_plain(weights)
         except (CheckpointError, OSError, RuntimeError) as error:       # URLError is an OSError
-            raise UsageError(
-                f"the VGG19 weights cannot be loaded ({getattr(error, 'reason', error)}); give "
-                "a file with --vgg-weights FILE, or --vgg-weights none to train without") from None
+            raise UsageError(f"the VGG19 weights cannot be loaded ({getattr(error, 'reason', error)}); give "
+                             "a file with --vgg-weights FILE, or --vgg-weights none to train without") from None
         with torch.device("meta"):      # shapes only: the full network would take 550 MB
             self.layers = vgg19().features[:VGG_LAYERS[layer]]
         try:
@@ -307,10 +306,11 @@ def frame(picture, top, left, side, text="", colour=(255, 220, 0)):
     """Draw a square frame, with a number, into a picture; return it."""
     line = max(1, max(picture.shape) // 400)
     cv2.rectangle(picture, (left, top), (left + side, top + side), colour, line)
-    size = max(picture.shape) / 500         # to be read where the whole picture is small
-    place = (max(0, left), max(round(24 * size), top - 3 * line))
-    for ink, width in (((0, 0, 0), 4 * line), (colour, 2 * line)):
-        cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, ink, width, cv2.LINE_AA)
+    size = max(picture.shape) / 550         # to be read where the whole picture is small
+    (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 2 * line)
+    x, y = max(0, left), max(height + 3 * line, top)
+    text and cv2.rectangle(picture, (x, y - height - 3 * line), (x + width + 2 * line, y), colour, cv2.FILLED)
+    cv2.putText(picture, text, (x + line, y - line), cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), 2 * line, cv2.LINE_AA)
     return picture
 
 

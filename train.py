@@ -206,7 +206,7 @@ def draw_faces(folder, number=12):
             cv2.circle(picture, (x + side, y - 10), 5, (255, 255, 255), -1, cv2.LINE_AA)
             cv2.circle(picture, (x + side, y - 10), 2, (30, 30, 30), -1, cv2.LINE_AA)
         cv2.ellipse(picture, (x, y + 20), (14, 6), 0, 0, 180, (60, 40, 160), 2, cv2.LINE_AA)
-        cv2.imwrite(str(Path(folder) / f"{i:05d}.png"), picture)
+        cv2.imwrite(str(Path(folder) / f"drawn{i:02d}.png"), picture)
 
 
 def place_faces(faces, device):

@@ -83,12 +83,12 @@ def test_ffhq_tree_gets_its_official_split(tmp_path, capsys):
         (tmp_path / "test" / f"{name}.png").touch()
     for folder in ([tmp_path / "thumbnails128x128"], tmp_path / "test"), ([tmp_path], None):
         assert not {path.stem for files in split_files(*folder) for path in files} & set(tested)
-        assert ": 20 names are in ffhq_test.txt" in capsys.readouterr().err
+        assert ": 20 called as in ffhq_test.txt" in capsys.readouterr().err
     (tmp_path / "00003").mkdir()
     for name in ("img00003000", f"img000{tested[0]}"):      # StyleGAN's tree
         (tmp_path / "00003" / f"{name}.png").touch()
     assert [path.stem for path in split_files([tmp_path / "00003"], tmp_path / "thumbnails128x128")[0]] == ["img00003000"]
-    assert ": 1 names are in ffhq_test.txt" in capsys.readouterr().err
+    assert ": 1 called as in ffhq_test.txt" in capsys.readouterr().err
     (tmp_path / "test" / "new.png").unlink()
     with pytest.raises(DataError, match="test: no pictures but test faces found"):
         split_files([tmp_path / "thumbnails128x128"], tmp_path / "test")
@@ -174,15 +174,15 @@ def test_any_size_becomes_the_centre_square_of_128(tmp_path):
 
 def test_damaged_file_is_named_once_and_left_out(tmp_path, faces, capsys):
     draw_faces(tmp_path, 3)
-    whole = (tmp_path / "00001.png").read_bytes()
-    (tmp_path / "00001.png").write_bytes(whole[: len(whole) // 2])
+    whole = (tmp_path / "drawn01.png").read_bytes()
+    (tmp_path / "drawn01.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.png").write_text("hello")
     loaded = load_faces(find_images(tmp_path), progress=False)
     errors = capsys.readouterr().err
     assert len(loaded) == 2
-    last = torch.from_numpy(read_image(tmp_path / "00002.png")[0]).permute(2, 0, 1)
+    last = torch.from_numpy(read_image(tmp_path / "drawn02.png")[0]).permute(2, 0, 1)
     assert torch.equal(loaded[1], last)     # no gap where the damaged one was
-    assert errors.count("00001.png") == 1 and errors.count("text.png") == 1
+    assert errors.count("drawn01.png") == 1 and errors.count("text.png") == 1
     with pytest.raises(DataError):
         load_faces([tmp_path / "text.png"], progress=False)
 
@@ -222,8 +222,8 @@ def test_pillow_never_speaks_itself(tmp_path):
 def test_names_that_are_not_utf8_or_as_long_as_can_be(tmp_path, monkeypatch):
     draw_faces(tmp_path, 2)
     odd, long = os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.png"), tmp_path / f"{'n' * 251}.png"
-    os.rename(tmp_path / "00000.png", odd)
-    (tmp_path / "00001.png").rename(long)
+    os.rename(tmp_path / "drawn00.png", odd)
+    (tmp_path / "drawn01.png").rename(long)
     train_files, val_files = split_files([tmp_path])
     assert len(load_faces(train_files + val_files, progress=False)) == 2
     assert printable(Path(odd).name) == "b\ufffd.png" and printable("=1+1.png") == "./=1+1.png"
@@ -244,7 +244,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refused)
-    assert [path.name for path in find_images(tmp_path)] == ["00000.png"]
+    assert [path.name for path in find_images(tmp_path)] == ["drawn00.png"]
     assert "secret: Permission denied" in capsys.readouterr().err
 
 
