@@ -428,7 +428,7 @@ def test_scores_are_those_of_the_files(run, tmp_path, faces, tiny_checkpoint):
     digest = hashlib.sha256(tiny_checkpoint.read_bytes()).hexdigest()[:8]
     assert rows[0]["how"].startswith(f"tiny_x4.pth {digest}; strength 1; torch.")
     assert rows[2]["how"].endswith("; bicubic; damage none")
-    assert [row["image"] for row in rows] == ["sub/00000", "sub/00001", "sub/00002"]
+    assert [row["image"] for row in rows] == ["sub/drawn00", "sub/drawn01", "sub/drawn02"]
     y = np.array([65.481, 128.553, 24.966]) / 255
     for row in rows:
         hr = np.array(Image.open(truth / f"{row['image']}.png"))
