@@ -212,12 +212,12 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button):has(#rest bu
 #faces button, #pairs button {aspect-ratio: 1.5; padding-bottom: 3.4em} label:has(:disabled) {opacity: .45}
 :is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: none !important}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
-@media (max-width: 700px) {
+@media (max-width: 700px) { #cancel {gap: 8px}
     #work {display: flex} #show {display: contents} #give {order: -2} #status {order: -1; min-height: 3.6em}
     #status p, #intro p {font-size: .85em} #intro h1 {font-size: 1.4em} :is(#faces, #missed) {order: 1} #rest {order: 2}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
     #photo {height: 120px !important; min-height: 0 !important} #faces button {aspect-ratio: 1; padding-bottom: 4.6em}
-    #cancel:enabled {position: fixed; bottom: 1em; right: 1em; z-index: 9} #cancel:enabled::before {content: "Working … "}
+    #cancel:enabled {position: fixed; bottom: 1em; right: 1em; z-index: 9} #cancel:enabled::before {content: "Working …"}
     #compare:not(.fullscreen) {height: calc(84vw + 30px) !important} .caption-label {font-size: 10px !important}}"""
 KEYS = """<script>      // what Gradio's slider, which knows the mouse alone, lacks; alternative texts
 document.addEventListener("keydown", event => {
