@@ -52,7 +52,7 @@ def bicubic(lr, scale):
 
 
 class ResidualBlock(nn.Sequential):
-    """x + BN(Conv(PReLU(BN(Conv(x))))): the block of figure 4."""
+    """x + BN(Conv(PReLU(BN(Conv(x))))): the block of figure 4. What is set as an attribute joins the sequence."""
 
     def __init__(self, channels):
         super().__init__(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.PReLU(),

@@ -103,7 +103,7 @@ class _ProcessesBatchNorm(torch.nn.BatchNorm2d):
         values = x.float().transpose(0, 1).flatten(1)                   # (C, N * H * W)
         moments = torch.stack([values.mean(1), values.square().mean(1)])
         mean, square = _SumOverProcesses.apply(moments) / dist.get_world_size()
-        variance = square - mean.square()
+        variance = (square - mean.square()).clamp(min=0)                # rounding
         with torch.no_grad():
             count = values.shape[1] * dist.get_world_size()
             self.running_mean.lerp_(mean, self.momentum)
