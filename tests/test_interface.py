@@ -272,7 +272,8 @@ def test_strength_is_a_number_from_0_to_1(app, client, tmp_path):
 
 def test_what_is_cancelled_takes_its_settings_back(client, tmp_path):
     """Else they would count with the next change, unasked."""
-    large = handle_file(save(tmp_path / "large.png", (800, 800)))
+    Image.linear_gradient("L").resize((800, 800)).save(tmp_path / "large.png")
+    large = handle_file(tmp_path / "large.png")
     client.predict(large, 0.85, False, False, True, 4, False, api_name="/upscale")
     job = client.submit(large, 0.3, False, False, True, 4, True, api_name="/upscale")
     while not job.outputs():  # "Working: 1 s"
@@ -749,7 +750,9 @@ def test_a_large_picture_does_not_hold_up_a_face(workshop):
 
 def test_a_folder_that_is_cancelled_stops_before_the_next_picture(workshop, monkeypatch):
     """Though all are sharp photographs, which the network never sees; what is done by then is given out."""
-    paths = [save(workshop.folder / f"{name}.png", (900, 700)) for name in "abc"]
+    paths = [workshop.folder / f"{name}.png" for name in "abc"]
+    for path in paths:
+        Image.linear_gradient("L").resize((900, 700)).save(path)
     job, read = SimpleNamespace(over=False), workshop.read
 
     def read_and_cancel(path):
