@@ -81,7 +81,7 @@ def read_pictures(args, files, scale, taken, failed):
             hint = f"more than {FACE_AT_MOST} pixels, taken for one face; --photo finds faces" * (side > FACE_AT_MOST) \
                 or f"less than {TINY} pixels; --scale 8 is better for that" * (side < TINY and scale == 4)
             hint = f"{side} pixels: try without --photo" * (side <= FACE_AT_MOST) if args.photo else hint
-            hint = hint if hr is None else f"{len(hr)} pixels a side; our tables are of 128" * (len(hr) != FACE_SIZE)
+            hint = hint if hr is None else f"{side * scale} pixels; the card has {FACE_SIZE}" * (side * scale != FACE_SIZE)
             if hint not in told:        # before it takes its time; once is enough
                 told.append(hint)
                 tqdm.write(f"hint: {name} has {hint}")
@@ -205,14 +205,14 @@ main:not(:has(#compare label):has(#photo button):has(#knobs button):has(#rest bu
 :is(#photo, .below) img {width: 100% !important; height: 100% !important; object-fit: contain}
 :is(#photo, .below, #compare:not(.fullscreen)) {padding-top: 28px !important} .fullscreen img {height: 96vh!important}
 :is(#compare, .below):not(.fullscreen) .icon-button-wrapper {top: -28px} #compare.fullscreen {height: 100% !important}
-#work {display: grid; gap: 16px; grid-template: auto auto 1fr / minmax(300px, 1fr) minmax(0, 2fr)}
+#work {display: grid; gap: 16px; grid-template: auto auto 1fr / minmax(300px, 1fr) minmax(0, 2fr)} #cancel {gap: 8px}
 #show {grid-area: 1 / 2 / 4} #status {min-height: 3em} #cancel:disabled {display: none} .or {color: inherit !important}
 #compare img {object-fit: contain !important} #compare:not(.fullscreen) img {max-height: min(450px, 84vw) !important}
 :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)) !important}
 #faces button, #pairs button {aspect-ratio: 1.5; padding-bottom: 3.4em} label:has(:disabled) {opacity: .45}
 :is(#faces, #pairs) .grid-wrap {padding-top: 2.4em; min-height: 0 !important; max-height: none !important}
 :is(input, button, a, [tabindex]):focus-visible {outline: 3px solid #2563eb !important; outline-offset: 2px}
-@media (max-width: 700px) { #cancel {gap: 8px}
+@media (max-width: 700px) {
     #work {display: flex} #show {display: contents} #give {order: -2} #status {order: -1; min-height: 3.6em}
     #status p, #intro p {font-size: .85em} #intro h1 {font-size: 1.4em} :is(#faces, #missed) {order: 1} #rest {order: 2}
     :is(#faces, #pairs) .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}

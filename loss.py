@@ -104,7 +104,7 @@ def lattice_loss(sr, hr, period=4, window=8):
     height, width = (side - side % period for side in sr.shape[2:])
     error = F.pixel_unshuffle((sr - hr)[..., :height, :width], period).unflatten(1, (3, -1))    # (N, 3, period^2, h, w)
     pattern = (error - error.mean(2, keepdim=True)).flatten(1, 2)
-    return F.avg_pool2d(pattern, min(window, *pattern.shape[2:]), window // 2).square().mean()      # a rest counts not
+    return F.avg_pool2d(pattern, min(window, *pattern.shape[2:]), window // 2).square().mean()      # whole windows
 
 
 def adversarial_loss(fake_logits):
@@ -141,8 +141,7 @@ class GeneratorLoss(nn.Module):
         "vgg": Term("relative VGG distance", 0.02, False,
                     lambda loss, sr, hr, d: vgg_distance(loss.features, sr, hr), features=True),
         "adversarial": Term("adversarial loss", 3e-3, False, lambda loss, sr, hr, d: adversarial_loss(d(sr))),
-        "lattice": Term("regular pattern", 40.0, False,
-                        lambda loss, sr, hr, d: lattice_loss(sr, hr, loss.period))}
+        "lattice": Term("regular pattern", 40.0, False, lambda loss, sr, hr, d: lattice_loss(sr, hr, loss.period))}
 
     def __init__(self, features=None, period=4, **weights):
         super().__init__()
@@ -309,7 +308,8 @@ def frame(picture, top, left, side, text="", colour=(255, 220, 0)):
     size = max(picture.shape) / 550         # to be read where the whole picture is small
     (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 2 * line)
     x, y = max(0, left), max(height + 3 * line, top)
-    text and cv2.rectangle(picture, (x, y - height - 3 * line), (x + width + 2 * line, y), colour, cv2.FILLED)
+    if text:
+        cv2.rectangle(picture, (x, y - height - 3 * line), (x + width + 2 * line, y), colour, cv2.FILLED)
     cv2.putText(picture, text, (x + line, y - line), cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), 2 * line, cv2.LINE_AA)
     return picture
 

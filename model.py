@@ -135,7 +135,7 @@ class SubpixelConv2d(nn.Conv2d):
     def forward(self, features):
         reach, usual = self.kernel_size[0] // 2, ((1, 1), (1, 1), 1, "zeros")
         if (self.stride, self.dilation, self.groups, self.padding_mode) != usual or reach % 2 or self.bias is None \
-                or self.kernel_size != (2 * reach + 1,) * 2 or self.padding != (reach, reach):      # as it stands above
+                or self.kernel_size != (2 * reach + 1,) * 2 or self.padding != (reach, reach):      # the usual way
             return super().forward(F.pixel_shuffle(features, 2))
         kernel = F.pad(self.weight, (1, 1, 1, 1))           # (outputs, C, 4k + 3, 4k + 3)
         kernel = torch.stack([F.pixel_unshuffle(kernel[..., y:y + 2 * reach + 2, x:x + 2 * reach + 2], 2)

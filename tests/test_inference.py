@@ -144,7 +144,7 @@ def test_hints_at_what_suits_the_pictures_better(run, tmp_path, capsys, faces):
     tiny, usual, large = (str(tmp_path / f"{side}.png") for side in (16, 32, 80))
     for arguments, hints in (([tiny, usual, large], ["--scale 8", "--photo"]), ([usual], []),
                              ([tiny, "--scale", "8"], []), ([large, "--photo"], []), ([usual, "--photo"], ["without --photo"]),
-                             ([faces, "--simulate"], []), ([large, "--simulate"], ["80 pixels a side; our tables are of 128"])):
+                             ([faces, "--simulate"], []), ([large, "--simulate"], ["80 pixels; the card has 128"])):
         eightfold = {"checkpoint": CHECKPOINT.with_name("srgan_x8.pth")} if "8" in arguments else {}
         assert run(*arguments, **eightfold) == 0
         said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hint: ")]
@@ -622,7 +622,7 @@ def test_names_that_are_not_utf8(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1"))
     assert run(tmp_path / "in", "--simulate") == 0
     sys.stdout.flush()
-    assert rb"b\ufffd\ufffd has 32 pixels a side" in sys.stdout.buffer.getvalue()
+    assert rb"b\ufffd\ufffd has 32 pixels; " in sys.stdout.buffer.getvalue()
     assert os.path.exists(os.fsencode(tmp_path) + b"/out/b\xff\xe9.png")
     names = [line.split(",")[0] for line in (tmp_path / "out" / "metrics.csv").read_text("utf-8").splitlines()[1:]]
     assert sorted(names) == ["b\ufffd\ufffd", "顔"] and (tmp_path / "out" / "comparison.png").exists()
