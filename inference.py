@@ -81,7 +81,7 @@ def read_pictures(args, files, scale, taken, failed):
             hint = f"more than {FACE_AT_MOST} pixels, taken for one face; --photo finds faces" * (side > FACE_AT_MOST) \
                 or f"less than {TINY} pixels; --scale 8 is better for that" * (side < TINY and scale == 4)
             hint = f"{side} pixels: try without --photo" * (side <= FACE_AT_MOST) if args.photo else hint
-            hint = hint if hr is None else f"{side * scale} pixels; the card has {FACE_SIZE}" * (side * scale != FACE_SIZE)
+            hint = hint if hr is None else f"{len(hr)} pixels; scores are given for {FACE_SIZE}" * (len(hr) != FACE_SIZE)
             if hint not in told:        # before it takes its time; once is enough
                 told.append(hint)
                 tqdm.write(f"hint: {name} has {hint}")

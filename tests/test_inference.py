@@ -144,7 +144,7 @@ def test_hints_at_what_suits_the_pictures_better(run, tmp_path, capsys, faces):
     tiny, usual, large = (str(tmp_path / f"{side}.png") for side in (16, 32, 80))
     for arguments, hints in (([tiny, usual, large], ["--scale 8", "--photo"]), ([usual], []),
                              ([tiny, "--scale", "8"], []), ([large, "--photo"], []), ([usual, "--photo"], ["without --photo"]),
-                             ([faces, "--simulate"], []), ([large, "--simulate"], ["80 pixels; the card has 128"])):
+                             ([faces, "--simulate"], []), ([large, "--simulate"], ["80 pixels; scores are given for 128"])):
         eightfold = {"checkpoint": CHECKPOINT.with_name("srgan_x8.pth")} if "8" in arguments else {}
         assert run(*arguments, **eightfold) == 0
         said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hint: ")]
